@@ -22,6 +22,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from fastsrgan.cli.console import HelpFormatter
+
 PEAK_OF = "--peak-of"  # a child process that measures the memory of one side
 
 Defaults = dict[str, tuple[Any, Any]]  # option -> (default, default with --quick)
@@ -104,9 +106,7 @@ FROM_RESULTS = {  # command -> (module of bench/, what it does)
 
 def build_parser() -> argparse.ArgumentParser:
     """One command per benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     for name, (_, brief) in FROM_RESULTS.items():
         commands.add_parser(name, help=brief)  # main hands their options on

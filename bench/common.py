@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from fastsrgan.cli.console import say
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import finite, write_json
 from fastsrgan.core.system import measured_on, pick_device, provenance, tune_allocator
-from fastsrgan.errors import UsageError, counted
+from fastsrgan.errors import UsageError, brief, counted
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
 
@@ -158,7 +159,8 @@ def run(cases: Sequence[Case | OwnWay], args: argparse.Namespace) -> dict[str, A
             without_ratios(rows[-1])
         print_row(rows[-1])
         if isinstance(case, OwnWay) and rows[-1]["passed"]:
-            print("\n".join(f"    {line}" for line in case.lines(rows[-1])), flush=True)
+            for line in case.lines(rows[-1]):
+                _tell(f"    {line}")
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "plot", "peak_of", "argv", "bench")}
     return finite(
         {
@@ -380,27 +382,43 @@ def texture(shape: Sequence[int], seed: int = 0, air: bool = True) -> np.ndarray
     return image / image.max()
 
 
+def amount(n_bytes: float) -> str:
+    """Bytes with a fitting unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.4g} TB"
+
+
 def print_row(row: Mapping[str, Any]) -> None:
     """One line for us, one for each peer."""
     gate = f"error {row['max_error']:.1e} <= {row['tolerance']:g}"
     if not row["passed"]:
-        print(f"{row['name']}: GATE FAILED, {gate.replace('<=', 'is not <=')}: no times", flush=True)
+        _tell(f"{row['name']}: GATE FAILED, {gate.replace('<=', 'is not <=')}: no times")
         return
-    print(f"{row['name']}  ({gate})", flush=True)
+    _tell(f"{row['name']}  ({gate})")
     rates = {k.removesuffix("_per_second").replace("_", " "): v for k, v in row.items() if k.endswith("_per_second")}
-    rate = "".join(f"  {value:.4g} {what}/s" for what, value in rates.items())
+    sizes = {what: amount(value) if what == "bytes" else f"{brief(value, 4)} {what}" for what, value in rates.items()}
+    rate = "".join(f"  {size}/s" for size in sizes.values())
     width = max(24, *(len(name) + 2 for name in row["peers"])) if row["peers"] else 24
-    print(f"  {'fastsrgan':<{width}}{_times(row)}{rate}", flush=True)
+    _tell(f"  {'fastsrgan':<{width}}{_times(row)}{rate}")
     for peer, facts in row["peers"].items():
         if "not_run" in facts:
-            print(f"  {peer:<{width}}not run: {facts['not_run']}")
+            _tell(f"  {peer:<{width}}not run: {facts['not_run']}")
             continue
         told = ""
         if peer in row["ratio_to"]:
             low, high = row["ratio_range"][peer]
             told = f"  {row['ratio_to'][peer]:.2f} x ours ({low:.2f} to {high:.2f})"
         other = "; ".join(other_work(peer, row["name"]))
-        print(f"  {peer:<{width}}{_times(facts)}{told}{f'  other work: {other}' if other else ''}")
+        _tell(f"  {peer:<{width}}{_times(facts)}{told}{f'  other work: {other}' if other else ''}")
+
+
+def _tell(line: str) -> None:
+    """A line, on a terminal broken between words; at once, also in a pipe."""
+    say(line, 8)
+    sys.stdout.flush()
 
 
 def _times(facts: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import END_TO_END, commit_of, is_quick, marked, other_work
+from bench.common import END_TO_END, amount, commit_of, is_quick, marked, other_work
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
@@ -45,15 +45,6 @@ def sides(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 # --- numbers as text ----------------------------------------------------------------------------------------------
-
-
-def amount(n_bytes: float) -> str:
-    """Bytes with a fitting unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 999.5:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.4g} TB"
 
 
 def rate(per_second: float) -> str:

@@ -21,6 +21,7 @@ from bench import flops
 from bench.common import NAIVE, commit_of, is_quick
 from bench.data_page import RESULTS, duration, table
 from bench.flops import Count
+from fastsrgan.cli.console import HelpFormatter
 from fastsrgan.errors import InputError
 from fastsrgan.model.arithmetic import TYPES
 
@@ -246,7 +247,7 @@ def assumed() -> str:
 def main(argv: Sequence[str]) -> str:
     """``python -m bench roofline``."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench roofline", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--matmul", type=float, metavar="FLOPS", help="ceiling of matrix products, FLOP per second")
     parser.add_argument("--type", choices=sorted(TYPES), default="bf16", help="that the networks compute in (bf16)")

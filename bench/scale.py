@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from bench.common import is_quick
-from bench.data_page import RESULTS, amount, duration, table
+from bench.common import amount, is_quick
+from bench.data_page import RESULTS, duration, table
+from fastsrgan.cli.console import HelpFormatter
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, parameter_shapes
 
@@ -366,9 +367,7 @@ def main(argv: Sequence[str]) -> str:
     from fastsrgan.core.files import write_json
     from fastsrgan.core.system import measured_on
 
-    parser = argparse.ArgumentParser(
-        prog="python -m bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench scale", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--subjects", type=int, nargs="+", default=[40, 1000, 100_000], metavar="N")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], metavar="M")
     parser.add_argument("--hours", type=float, nargs="+", metavar="H", help="how far a run comes in so many hours")

@@ -25,6 +25,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 
 from bench.data_page import table
+from fastsrgan.cli.console import HelpFormatter
 from fastsrgan.model import layers
 from fastsrgan.model.compiled import INDUCTOR
 from fastsrgan.model.networks import Generator, GeneratorSpec
@@ -122,9 +123,7 @@ def generator(kernel: int, patch: int, dtype: torch.dtype, backward: bool, batch
 
 def main(argv: Sequence[str]) -> str:
     """``python -m bench traffic``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__, formatter_class=HelpFormatter)
     for name, default in (("kernel", 16), ("patch", 64), ("batch", 16), ("largest", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     args = parser.parse_args(argv)

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,16 +33,19 @@ PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetens
 SMALL_SHM = 64 * 2**20  # what Docker gives a container unless told otherwise
 LITTLE_MEMORY = 4 * 2**30
 PROBE_SECONDS = 60.0
+NO_FACTS = {"name": None, "memory_bytes": None, "capability": None}  # of a device that does not answer
 
 _TORCH_PROBE = """
 import json, torch
-found = []
-if torch.cuda.is_available():
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        assert float(torch.ones(8, device=f"cuda:{i}").sum()) == 8
-        found.append({"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"})
-print(json.dumps({"devices": found, "cudnn": torch.backends.cudnn.version() if found else None}))
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+print(json.dumps({"count": count, "cudnn": torch.backends.cudnn.version() if count else None}))
+"""
+# Of one device, in a process of its own: what a broken one leaves behind fails whatever follows in its process.
+_DEVICE_PROBE = """
+import json, torch
+p = torch.cuda.get_device_properties({i})
+assert float(torch.ones(8, device="cuda:{i}").sum()) == 8, "8 ones have another sum"
+print(json.dumps(dict(name=p.name, memory_bytes=p.total_memory, capability=f"{{p.major}}.{{p.minor}}")))
 """
 _CUPY_PROBE = """
 import json, cupy
@@ -118,6 +122,8 @@ def diagnose() -> dict[str, Any]:
 def plan(facts: dict[str, Any]) -> dict[str, str]:
     """What ``--device auto`` does with these facts: where training, inference, stitching and the data feed run."""
     devices = facts["gpu"]["devices"]
+    if devices and devices[0]["problem"]:
+        return dict.fromkeys(("training", "inference", "stitching", "data feed"), "cuda:0, which cannot be used")
     kind = "cuda" if devices else "cpu"
     where = f"cuda ({devices[0]['name']})" if devices else f"cpu, {counted(facts['cpu']['torch_threads'], 'thread')}"
     form = ""
@@ -176,6 +182,9 @@ def describe(facts: dict[str, Any]) -> list[str]:
         ("gpu", f"NVIDIA driver {gpu['driver'] or 'not found'}, CUDA in torch {gpu['torch_cuda'] or 'none'}"),
     ]
     for i, device in enumerate(gpu["devices"]):
+        if device["problem"]:
+            rows.append(("", f"cuda:{i} cannot be used: {device['problem']}"))
+            continue
         size, capability = _size(device["memory_bytes"]), f"capability {device['capability']}"
         rows.append(("", f"cuda:{i} {device['name']}, {size}, {capability}"))
     rows += [("optional" if i == 0 else "", line) for i, line in enumerate(_optional_lines(facts["optional"]))]
@@ -226,12 +235,17 @@ def _shm() -> int | None:
 
 
 def _gpu() -> dict[str, Any]:
-    """Driver, torch's CUDA version, devices that computed something, and what went wrong."""
+    """Driver, torch's CUDA version, what went wrong, and the devices: each with what it is, and ``problem``, None where
+    it computed something."""
     found: dict[str, Any] = {"driver": driver(), "torch_cuda": torch.version.cuda, "cudnn": None}
     found |= {"devices": [], "problem": None}
     if found["torch_cuda"] is not None:
         answer, found["problem"] = probe(_TORCH_PROBE)
-        found |= answer or {}
+        seen = answer or {"count": 0, "cudnn": None}
+        found["cudnn"] = seen["cudnn"]
+        with ThreadPoolExecutor(max(seen["count"], 1)) as pool:
+            tried = pool.map(lambda i: probe(_DEVICE_PROBE.format(i=i)), range(seen["count"]))
+            found["devices"] = [{**NO_FACTS, **(facts or {}), "problem": problem} for facts, problem in tried]
     return found
 
 
@@ -296,8 +310,11 @@ def _weights() -> list[dict[str, Any]]:
 
 def _gpu_warnings(gpu: dict[str, Any], torch_version: str | None) -> list[str]:
     if gpu["devices"]:
-        slow = slow_cudnn(gpu["cudnn"])
-        return [slow] if slow else []
+        working = [i for i, device in enumerate(gpu["devices"]) if not device["problem"]]
+        hint = f"--device cuda:{working[0]}" if working else "--device cpu"
+        broken = [f"cuda:{i} cannot be used: {d['problem']}" for i, d in enumerate(gpu["devices"]) if d["problem"]]
+        slow = slow_cudnn(gpu["cudnn"]) if working else None
+        return [f"{line} ({hint})" for line in broken] + ([slow] if slow else [])
     if gpu["problem"]:
         return [f"CUDA {gpu['torch_cuda']} of torch {torch_version} cannot be used: {gpu['problem']}"]
     if gpu["driver"] is None:

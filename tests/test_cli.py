@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bench.__main__ import build_parser as bench_parser
 from fastsrgan.cli import console
 from fastsrgan.cli import infer as cli_infer
 from fastsrgan.cli.main import build_parser, failed, main, normalised
@@ -223,8 +225,42 @@ def test_a_table_wider_than_the_terminal_comes_in_blocks_of_columns(monkeypatch)
         assert [re.split(" {2,}", line)[:2] for line in block[2:]] == [["s0", "0"], ["s1", "10"], ["s2", "20"]]
     monkeypatch.setenv("COLUMNS", "120")
     assert console.table(rows) == whole
-    monkeypatch.setenv("COLUMNS", "8")  # narrower than one column: still one figure a block
-    assert len(console.table(rows).split("\n\n")) == 9
+
+
+@pytest.mark.parametrize("width", [8, 20, 40, 60, 80])
+def test_a_row_whose_names_leave_no_room_for_a_figure_has_a_line_for_each(monkeypatch, width):
+    """Lines of tables of a study were broken or cut by a terminal of 40 columns."""
+    names = ("condition", "model", "step")
+    rows = [{"condition": "noise 0.05", "model": f"own-run-{i}", "step": "128", "PSNR dB": "31.82 ± 0.61",
+             "Dice": "0.7207 ± 0.11"} for i in range(2)]  # fmt: skip
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    told = console.table(rows, keys=len(names))
+    assert all(len(line) <= width or len(line.split()) == 1 for line in told.splitlines())
+    words = told.replace(" ", "").replace("\n", "")
+    assert all(words.count(value.replace(" ", "")) >= 1 for row in rows for value in row.values())
+    if width == 40:
+        assert told.split("\n\n")[1].splitlines() == [
+            "condition  noise 0.05", "model      own-run-1", "step       128", "PSNR dB    31.82 ± 0.61",
+            "Dice       0.7207 ± 0.11",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_prose_of_every_help_keeps_to_the_terminal_and_commands_stay_whole(monkeypatch, columns):
+    """Descriptions were one line, or broken at 120 columns, which 80 broke again inside of words."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    fastsrgan = build_parser()
+    parsers = [fastsrgan, bench_parser()]
+    parsers += next(a for a in fastsrgan._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
+    assert len(parsers) > 12
+    for parser in parsers:
+        lines = parser.format_help().splitlines()
+        assert max(len(line) for line in lines if not line.startswith(" ")) <= columns, parser.prog
+        written = [line for line in f"{parser.description}\n{parser.epilog or ''}".splitlines() if line.startswith(" ")]
+        assert [line for line in written if line in lines] == written, parser.prog
+        prose = " ".join(" ".join(lines).split())
+        assert all(" ".join(part.split()) in prose for part in (parser.description or "").split("\n\n"))
 
 
 def test_results_and_errors_are_broken_between_words_on_a_terminal_alone(monkeypatch, capsys):

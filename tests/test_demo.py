@@ -17,6 +17,7 @@ from fastsrgan.demo import run as demo
 from fastsrgan.demo import template
 from fastsrgan.demo.template import TemplateCohort, TemplateSubject
 from fastsrgan.errors import UsageError
+from fastsrgan.evaluate import grids
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -175,6 +176,7 @@ def test_every_stage_gets_what_the_demo_was_asked_for(stages, tmp_path):
     assert [row["method"] for row in written["table"]] == ["cubic spline", "best linear", "fastsrgan"]
     assert written["low_res_mm"] == list(low) and written["start_weights"] == "start.safetensors"
     assert written["scores"]["linear"] == {"image": {"a": 1}, "gain": {"b": 2}}
+    assert grids.knows_truth(written["scores"]), "the page says of its baseline's Dice that it knows the truth"
     assert " ".join(written["seconds"]) == "cohort convert train infer evaluate picture total"
     assert all(0 <= seconds < 1e6 for seconds in (*written["seconds"].values(), made["seconds"]))
     assert written["peak_memory_bytes"] > 0 and written["training"]["weights"] == "trained"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def gpu(facts: dict, **changes) -> dict:
 
 def test_with_a_device_the_work_goes_there(facts, monkeypatch):
     monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
-    device = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30, "capability": "9.0"}
+    device = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30, "capability": "9.0", "problem": None}
     found = gpu(facts, driver="580.65.06", torch_cuda="13.0", devices=[device])
     found["optional"] = {**found["optional"], "cupy": {**found["optional"]["cupy"], "sees_device": False}}
     plan = doctor.plan(found)
@@ -124,6 +125,35 @@ def test_with_a_device_the_work_goes_there(facts, monkeypatch):
     assert any("cuda:0 NVIDIA H100, 80 GiB, capability 9.0" in line for line in lines)
     assert not any("driver" in w for w in doctor.warnings(found))
     assert any("cuDNN 9.10.2" in w and "9.15" in w for w in doctor.warnings(gpu(facts, devices=[device], cudnn=91002)))
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("broken", [[1], [0], [0, 1, 2]])
+def test_a_gpu_that_is_broken_hides_no_other(facts, monkeypatch, broken):
+    """One that fails, crashes its process or hangs has its line with the reason; the others are told as they are."""
+    asked = []
+
+    def probe(program):
+        if "device_count" in program:
+            return {"count": 3, "cudnn": 91500}, None
+        number = int(re.search(r"cuda:(\d)", program)[1])
+        assert f"get_device_properties({number})" in program
+        asked.append(number)
+        sizes = {"name": f"GPU {number}", "memory_bytes": 2**30, "capability": "9.0"}
+        return (None, "crashed with SIGBUS") if number in broken else (sizes, None)
+
+    monkeypatch.setattr(doctor, "probe", probe)
+    monkeypatch.setattr(doctor.torch.version, "cuda", "13.0")
+    found = facts | {"gpu": doctor._gpu()}
+    assert sorted(asked) == [0, 1, 2]
+    plan, told = doctor.plan(found), doctor.warnings(found)
+    lines = [line.strip() for line in doctor.describe(found | {"plan": plan, "warnings": told})]
+    for number in range(3):
+        good, bad = f"cuda:{number} GPU {number}, 1 GiB, capability 9.0", f"cuda:{number} cannot be used: crashed"
+        assert any(line.startswith(bad if number in broken else good) for line in lines)
+        hint = {1: "--device cuda:0", 0: "--device cuda:1"}[broken[0]] if len(broken) == 1 else "--device cpu"
+        assert (f"{bad} with SIGBUS ({hint})" in told) == (number in broken)
+    assert all(("cannot be used" in how) == (0 in broken) for how in plan.values()), "auto takes the first"
 
 
 @pytest.mark.fault(42)

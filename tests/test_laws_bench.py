@@ -398,6 +398,35 @@ def test_a_line_of_a_row_has_median_least_and_most_and_how_often_ours_that_is(ca
     assert peer.split() == ["p", "8.00", "ms", "(7.00", "to", "9.00)", "4.00", "x", "ours", "(3.50", "to", "4.50)"]
 
 
+def test_bytes_in_a_second_have_a_unit_and_no_rate_an_exponent(capsys):
+    """3.084e+09 bytes/s: how many is that?"""
+    row = {"name": "n", "max_error": 0.0, "tolerance": 1.0, "passed": True, "peers": {}}
+    row |= dict.fromkeys(("seconds_median", "seconds_min", "seconds_max"), 0.5)
+    for facts in ({"bytes_per_second": 3.084e9}, {"tiles_per_second": 10708.3}):
+        common.print_row(row | facts)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("  3.08 GB/s") and lines[3].endswith("  10708 tiles/s")
+
+
+def test_lines_of_a_row_keep_to_a_terminal(capsys, monkeypatch):
+    """On 80 columns words were broken in their middle."""
+    row = {
+        "name": "whole inference, gaussian, k 2, 44 x 40 x 48, patch 32 step 16",
+        "max_error": 2.6e-6,
+        "tolerance": 1e-5,
+    }
+    row |= dict.fromkeys(("seconds_median", "seconds_min", "seconds_max"), 0.5)
+    row |= {"passed": True, "peers": {"monai, fastsrgan's network": {"not_run": "not installed; " * 6}}}
+    common.print_row(row)
+    whole = capsys.readouterr().out
+    assert len(whole.splitlines()) == 3 and max(map(len, whole.splitlines())) > 80, "piped: a side is a line"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    common.print_row(row)
+    broken = capsys.readouterr().out
+    assert max(map(len, broken.splitlines())) <= 80 and broken.split() == whole.split()
+
+
 def test_in_half_precision_both_images_of_a_resident_are_half_as_large():
     row = {"name": "one volume", "resident_shape": [100, 100, 100], "resident_bytes_per_voxel": 9}
     single, half = data_page.memory({"rows": [row]}).splitlines()[2:]
@@ -409,7 +438,7 @@ def test_units_of_the_pages_are_those_of_the_numbers():
     times = {0.0005: "0.5 ms", 1.5: "1.5 s", 119: "119 s", 120: "2 min", 7200: "2 h", 172800: "2 days"}
     assert {seconds: data_page.duration(seconds) for seconds in times} == times
     sizes = {999: "999 B", 1000: "1 kB", 2.5e6: "2.5 MB", 2.5e9: "2.5 GB", 5e12: "5 TB"}
-    assert {size: data_page.amount(size) for size in sizes} == sizes
+    assert {size: common.amount(size) for size in sizes} == sizes
     assert {n: data_page.rate(n) for n in (1234.6, 99.0, 2.5)} == {1234.6: "1,235", 99.0: "99", 2.5: "2.5"}
     three = {"seconds_median": 2.0, "seconds_min": 0.25, "seconds_max": 30.0, "repeats": 3}
     assert report.times(three) == "2 s (250 ms to 30 s, n 3)"

@@ -160,7 +160,7 @@ def test_inputs_that_make_no_baseline_are_one_line_for_each_reason(asked, caplog
     said = [(r.levelname, r.getMessage()) for r in caplog.records if "no baseline" in r.getMessage()]
     assert said == [("WARNING", lines[0]), ("INFO", lines[1])]
     caplog.clear()
-    cohort.evaluate_items("x", items, telling=False)
+    cohort.evaluate_items("x", items, beside="other")
     assert not caplog.records
 
 
@@ -230,7 +230,10 @@ def test_a_comparison_tells_who_is_missing_where_and_what_its_test_can_show(monk
         assert made["summary"]["first.image.whole.ssim"]["n"] == count - 1
         assert len(made["notes"]) == (count == 5) and ("0.0625" in "".join(made["notes"])) == (count == 5)
     assert [(str(f), t) for f, t, _ in seen[:2]] == [("one", "t"), ("two", "t")]
-    assert all(more["choice"] == choice and not more["telling"] for _, _, more in seen)
+    assert all(more["choice"] == choice for _, _, more in seen) and [more["beside"] for *_, more in seen[:2]] == [
+        "one",
+        "two",
+    ]
     with pytest.raises(UsageError, match="are one folder"):
         compare.compare_folders(tmp_path / "a", tmp_path / "b" / ".." / "a", "t")
 

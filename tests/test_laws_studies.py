@@ -292,9 +292,9 @@ def test_conditions_are_sorted_named_by_their_numbers_and_of_the_asked_axis(monk
 
 def test_models_of_one_name_are_called_by_their_paths(monkeypatch):
     monkeypatch.setattr(run.StudyModel, "load", staticmethod(lambda path, name=None: (str(path), name)))
-    assert run._models(["x/a.pt", "y/b.pt"], Path) == [("x/a.pt", None), ("y/b.pt", None)]
-    assert run._models(["x/a.pt", "y/a.h5"], Path) == [("x/a.pt", "x/a.pt"), ("y/a.h5", "y/a.h5")]
-    assert run._models([], lambda: Path("own")) == [("own", "shipped")]
+    assert run._models(["x/a.pt", "y/b.pt"], Path, "m") == [("x/a.pt", None), ("y/b.pt", None)]
+    assert run._models(["x/a.pt", "y/a.h5"], Path, "m") == [("x/a.pt", "x/a.pt"), ("y/a.h5", "y/a.h5")]
+    assert run._models([], lambda: Path("own"), "m") == [("own", "m")]
 
 
 @pytest.mark.parametrize(("whole", "data_given"), [(False, True), (True, False)])
@@ -325,7 +325,7 @@ def test_a_study_measures_what_it_was_asked_and_says_what_it_did(monkeypatch, tm
     names = list("abc") if data_given else list("ab")
     assert asked[0] == (("d.csv", "all", 2, "3", "t") if data_given else (tmp_path / "cohort-7", 7))
     engine = cells.Engine(None if whole else 32, "cpu", "fp32", 7, "auto" if data_given else "off")
-    assert asked[1] == (tmp_path, names, ["shipped"], (8,), engine)
+    assert asked[1] == (tmp_path, names, ["adult" if data_given else "shipped"], (8,), engine), "as -w calls it"
     assert Path(facts["models"][0]["path"]) == Path.cwd() / ("default_weights" if data_given else "template_weights")
     assert facts["notes"] == ["a: odd"], "what is odd about a head is not lost"
     assert facts["heads"] == names and facts["quick"] == (not data_given) and 0 <= facts["seconds"] < 1e6
@@ -545,7 +545,12 @@ def test_the_factor_of_the_learning_rates_is_called_so_whatever_the_log_called_i
 def test_rows_of_several_runs_say_whose_they_are_and_their_updates_are_their_own(tmp_path):
     made = curves.overlaid([log(tmp_path / name, *rows_of_training(2)) for name in ("a", "b")])
     shown = tables.decisive_rows(made)
-    assert [(row["epoch"], row["update"]) for row in shown] == [("a 1", "2"), ("a 2", "4"), ("b 1", "2"), ("b 2", "4")]
+    assert [" ".join(row[k] for k in ("run", "epoch", "update")) for row in shown] == [
+        "a 1 2",
+        "a 2 4",
+        "b 1 2",
+        "b 2 4",
+    ]
     assert tables.best_lines(made) == [f"{n}: Best PSNR 28.00 at epoch 2. Best Dice 0.6250 at epoch 2." for n in "ab"]
     assert tables.best_lines({"rows": [{"epoch": 1, "updates": 1}], "best": None}) == []
     masked = {"epoch": 1, "updates": 1, "Dice_cortex": 0.25, "Dice_white": 0.75, "Dice": 0.1, "whole_PSNR": 30.0}

@@ -263,15 +263,22 @@ def test_nothing_is_wider_than_a_phone(tab, folder):
     tab.look(1200, 900)
 
 
-def test_on_a_phone_the_slice_is_named_in_the_large_pane_alone(tab, folder):
-    """In a small one the words would lie on the pane's name."""
-    for width, named in ((390, False), (1200, True)):
-        tab.look(width, 900, mobile=not named)
+def test_how_thick_a_slice_is_stands_beside_its_switch_and_on_no_image(tab, folder):
+    """Words in a pane lay on tissue, in small ones on the pane's name."""
+    for width in (390, 1200):
+        tab.look(width, 900, mobile=width < 400)
         assert shown(tab, folder / "one/out/report.html", "#canvas") == "canvas"
         tab.frames()
-        assert tab.ask(WORDS.replace("NAME", "spline")) > 20  # found: 203
-        assert (tab.ask(WORDS.replace("NAME", "low")) > 20) == named  # found: 0 and 203
-        assert tab.ask(INK)  # the bar
+        for plane in ("coronal", "axial"):
+            tab.ask(f"document.querySelector('input[name=plane][value={plane}]').click()")
+            tab.frames()
+            assert [tab.ask(WORDS.replace("NAME", name)) for name in ("spline", "low")] == [0, 0], plane
+            assert bool(tab.ask(INK)) == (plane == "coronal")  # the bar
+        place = tab.ask("(b => [b.left, b.right])(document.querySelector('.marked').getBoundingClientRect())")
+        assert (
+            tab.ask("document.querySelector('.marked').innerText") == "one slice, 15 mm"
+            and 0 < place[0] < place[1] <= width
+        )
     tab.look(1200, 900)
 
 

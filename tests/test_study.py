@@ -630,6 +630,9 @@ def test_rows_of_a_study_say_what_they_are_of_in_every_block(monkeypatch):
         assert [line.split()[:3] for line in block.splitlines()[2:]] == [
             ["original", "interpolation", "48"], ["original", "plain", "48"]
         ]  # fmt: skip
+    scores = {f"figure {i}": "12.34" for i in range(9)}
+    curves = cli_study._aligned([{"run": "other", "epoch": "1", **scores}]).split("\n\n")
+    assert len(curves) > 1 and all(block.splitlines()[0].split()[:2] == ["run", "epoch"] for block in curves)
     epochs = cli_study._aligned([{"epoch": "1", "PSNR": "20"}])
     assert epochs.splitlines()[0].split() == ["epoch", "PSNR"]
 

@@ -46,6 +46,16 @@ class Need(NamedTuple):
     refused: bool = True
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Paragraphs broken to the width of the terminal, but for those with indented lines, of commands to copy."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(
+            part if "\n " in part else super(HelpFormatter, self)._fill_text(part, width, indent) for part in parts
+        )
+
+
 def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise UsageError for the first option, of another value than its default, that would do nothing beside the
     others; warn where its ``Need`` says so."""
@@ -318,13 +328,17 @@ def say(text: str, indent: int = 2) -> None:
 
 def table(rows: list[dict[str, Any]], columns: list[str] | None = None, keys: int = 1) -> str:
     """Rows as aligned plain text; what is wider than a terminal in blocks of columns, each with the first ``keys``,
-    which say what a row is."""
+    which say what a row is. Where these and one column more are wider, a row has a line for each of its columns."""
     columns = columns or list(rows[0])
     cells = [[_cell(r.get(c)) for c in columns] for r in rows]
     widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     first = list(range(keys))
     taken = sum(widths[:keys]) + (keys - 1) * len(GAP)
+    if max([taken, *(taken + len(GAP) + width for width in widths[keys:])]) > room:
+        names = max(map(len, columns))
+        lists = [[f"{c.ljust(names)}{GAP}{cell}" for c, cell in zip(columns, row, strict=True)] for row in cells]
+        return "\n\n".join("\n".join(broken(line, int(room), names + len(GAP)) for line in one) for one in lists)
     blocks, used = [[*first]], taken
     for i, width in list(enumerate(widths))[keys:]:
         used += len(GAP) + width

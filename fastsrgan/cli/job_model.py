@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastsrgan.cli.console import Need, boolean, error_line, print_json, say, typed
+from fastsrgan.cli.console import HelpFormatter, Need, boolean, error_line, print_json, say, typed
 from fastsrgan.config import CHOICES
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
@@ -28,9 +28,7 @@ Mask_patch_128_step_64.nii.gz too. The first image of a folder gets these names,
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Define the command."""
     text = "apply a model as SegSRGAN's job_model.py does: its options, files and numbers"
-    p = commands.add_parser(
-        "job-model", help=text, description=text, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = commands.add_parser("job-model", help=text, description=text, epilog=EXAMPLE, formatter_class=HelpFormatter)
     p.add_argument("-p", "--path", required=True, metavar="CSV", help="list of images, no header, first column")
     p.add_argument("-dp", "--debut-path", default="", metavar="BASE", help="put before the CSV's path and its entries")
     # The original's README writes the steps without quotes: several words are put together again.

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastsrgan._version import __version__
 from fastsrgan.cli.console import (
+    HelpFormatter,
     add_label_options,
     error_line,
     open_console,
@@ -51,8 +52,6 @@ from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
     from fastsrgan.store.reader import Subject
-
-RAW = argparse.RawDescriptionHelpFormatter
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +115,7 @@ def build_parser() -> Parser:
     def command(name: str, run: Callable[[argparse.Namespace, Progress], int], text: str, example: str) -> Parser:
         heading = "examples" if "\n" in example else "example"
         end = f"{heading}:\n  {example}"
-        p = commands.add_parser(name, help=text, description=text, epilog=end, formatter_class=RAW)
+        p = commands.add_parser(name, help=text, description=text, epilog=end, formatter_class=HelpFormatter)
         p.set_defaults(run=run)
         return p
 

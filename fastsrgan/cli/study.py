@@ -136,5 +136,5 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
 def _aligned(rows: list[dict[str, str]]) -> str:
     """A table whose rows may have different columns; what a row is of stands in every block of a narrow terminal."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    keys = len(list(itertools.takewhile(lambda name: name in ("condition", "model", "step"), columns)))
+    keys = len(list(itertools.takewhile(lambda name: name in ("condition", "model", "step", "run", "epoch"), columns)))
     return table(rows, columns, max(keys, 1))

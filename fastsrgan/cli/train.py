@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsrgan import config as settings
-from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, boolean, chosen_weights, say, typed
+from fastsrgan.cli.console import (
+    HelpFormatter,
+    Need,
+    add_checkpoint_option,
+    add_label_options,
+    boolean,
+    chosen_weights,
+    say,
+    typed,
+)
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading, named
@@ -75,7 +84,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="train a generator and critic on a store or table; what a run writes and says: docs/training.md",
         usage="%(prog)s STORE|CSV -o RUN -n X Y Z [-n X Y Z] [options]",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     text = "store of `fastsrgan convert`, or a table of files, .csv, .tsv or .txt"
     p.add_argument("source", nargs="?", metavar="STORE|CSV", help=text)
@@ -95,9 +104,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_options(p, "device")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     for group in (settings.BASIC, settings.ADVANCED):
-        options = p.add_argument_group(
-            f"{group} settings (defaults: the original code's but for --geometry, unless --preset says others)"
-        )
+        text = "defaults: the original code's but for --geometry, unless --preset says others"
+        options = p.add_argument_group(f"{group} settings", text)
         for row in settings.SETTINGS.values():
             if row.group == group:
                 add_setting(options, row)

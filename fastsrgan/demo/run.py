@@ -23,7 +23,7 @@ from fastsrgan.core.system import peak_memory, pick_device, provenance, tune_all
 from fastsrgan.demo.template import TemplateSubject, Triple, make_cohort, whole_slices
 from fastsrgan.errors import UsageError, times
 from fastsrgan.evaluate.figures import captions, columns
-from fastsrgan.evaluate.grids import reader_label_map
+from fastsrgan.evaluate.grids import READER, SPLINE, reader_label_map
 from fastsrgan.evaluate.pair import evaluate_pair, flat
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
@@ -146,6 +146,7 @@ def restore(
         "baseline_seg": label_map,
     }
     scores = stage("evaluate", lambda: evaluate_pair(sr, hr, **others))
+    scores["baselines"] = {"image": SPLINE, "segmentation": READER}  # what acquire() made
     plain = evaluate_pair(linear, hr, mask=brain(hr), baseline=spline)
     scores["linear"] = {key: plain[key] for key in ("image", "gain")}
     volumes = {"low": scan, "spline": spline, "linear": linear, "sr": sr, "truth": hr, "seg": seg, "label": label}

@@ -120,7 +120,7 @@ def evaluate_folders(
     choice: Choice = AS_IT_IS,
     keep: Keep | None = None,
     progress: Progress = QUIET,
-    telling: bool = True,
+    beside: str = "",
 ) -> dict[str, Any]:
     """Evaluate a folder of ``fastsrgan infer`` against a folder of truths, matched by the stem of the files' names.
 
@@ -152,7 +152,7 @@ def evaluate_folders(
         raise InputError(results, reason, "name an output folder of `fastsrgan infer` or `job-model`")
     left = _without_result(truth, results, items)
     return evaluate_items(
-        results, items, png=png, choice=choice, keep=keep, progress=progress, telling=telling, left=left, truth=truth
+        results, items, png=png, choice=choice, keep=keep, progress=progress, beside=beside, left=left, truth=truth
     )
 
 
@@ -289,12 +289,13 @@ def evaluate_items(
     choice: Choice = AS_IT_IS,
     keep: Keep | None = None,
     progress: Progress = QUIET,
-    telling: bool = True,
+    beside: str = "",
     left: Sequence[str] = (),
     truth: str | os.PathLike = "the truths",
 ) -> dict[str, Any]:
-    """Evaluate subjects one by one; ``what`` names their source in messages; ``telling``: notes are logged; ``left``:
-    images of ``truth`` that no result belongs to; ``keep`` is called with the result before pictures are drawn.
+    """Evaluate subjects one by one; ``what`` names their source in messages; ``beside``: what they are called
+    beside others, with whose notes theirs are told by the caller; ``left``: images of ``truth`` that no result belongs
+    to; ``keep`` is called with the result before pictures are drawn.
 
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
     of the rows, as ``told_once``, one about ``left``, ``told_shared`` and ``told_unused``), ``without_result``
@@ -306,13 +307,13 @@ def evaluate_items(
     ``evaluate``'s, or where label classes are chosen and there is no label.
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
-    if bare and telling:
+    if bare and not beside:
         log.info("no label was found for the segmentation of %s: no Dice", _named(bare))
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
     labels.refuse_lost(_chosen(items, choice))
     shared = told_shared(items) + told_unused(items, CHANGED)
-    for line in shared if telling else ():
+    for line in () if beside else shared:
         log.warning(line)
     pictures: dict[str, Path] = {}
     if png is not None:
@@ -324,7 +325,7 @@ def evaluate_items(
     faults: list[table.Fault] = []
     reasons: Counter[str] = Counter()
     first: FastsrganError | None = None
-    progress.start("evaluate", len(items), "subject")
+    progress.start(f"evaluate {beside}".rstrip(), len(items), "subject")
     for item in items:
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
         try:
@@ -351,7 +352,7 @@ def evaluate_items(
             raise table.table_error(Path(what), faults)
         raise none_done(first, what, "no subject could be evaluated", failed[0]["error"])
     notes = told_once(done) + told_left(left, truth) + told_unused(items, GONE)
-    for line in notes if telling else ():
+    for line in () if beside else notes:
         log.info(line)
     notes += shared
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}

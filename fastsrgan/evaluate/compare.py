@@ -61,9 +61,11 @@ def compare_folders(
     if Path(first).resolve() == Path(second).resolve():
         raise UsageError("evaluate", "the two results are one folder", "RESULTS OTHER_RESULTS TRUTH")
     picture = None if png is None else check_place(output_folder(png) / PICTURE, (), SCORED)
-    more: dict[str, Any] = {"choice": choice, "progress": progress, "telling": False}
-    results = [evaluate_folders(folder, truth, **more) for folder in (first, second)]
+    more: dict[str, Any] = {"choice": choice, "progress": progress}
     names = short_names([first, second])
+    results = [
+        evaluate_folders(path, truth, beside=name, **more) for path, name in zip((first, second), names, strict=True)
+    ]
     scores = [{row["subject"]: _figures(row) for row in result["rows"]} for result in results]
     subjects = [name for name in scores[0] if name in scores[1]]
     failed = []

@@ -300,7 +300,8 @@ def tell_progress(
 ) -> None:
     """One line for a cohort: how many images, how long each took, how long it will be; nothing for one image.
 
-    ``at`` : when the last of ``worked`` was complete, where that is not now; what was computed since is not left
+    ``at`` : when the last of ``worked`` was complete, where that is not now; what was computed since is not left, and
+    where that is more than was expected, of what is left nothing is said
     """
     if total == 1:
         return
@@ -311,7 +312,7 @@ def tell_progress(
         now = time.perf_counter()
         each = ((now if at is None else at) - began) / worked
         over = each * left / world - (0 if at is None else now - at)
-        text += f", {lasting(each / world)} each, {lasting(max(over, 0))} left"
+        text += f", {lasting(each / world)} each" + (f", {lasting(over)} left" if over > 0 else "")
     elif not left:
         text += f" in {lasting(time.perf_counter() - began)}"
     log.info("%s", text)

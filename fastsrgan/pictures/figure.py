@@ -50,6 +50,7 @@ LEGEND = 220  # its width but for the name of the structure
 LETTER = 0.57  # mean width of a letter over its size
 BOLDER = 1.2  # of bold ones over others
 PAGE_MARGIN, GAP, GUTTER, TITLE, HEADER, FOOTER, STATUS = 30, 12, 46, 74, 138, 64, 38
+STRIP = 40  # beside the panels, for slices
 LINE = 30  # of the lines below, from one to the next
 SMALL = 22  # their size
 UNITS, JOINED = "%|mm|mL|dB", "\u00a0"
@@ -142,7 +143,7 @@ def planes(columns: Sequence[Column], **options: Any) -> Any:
     changed : two images, SR and spline: the planes go through the place where they differ most inside the segmentation,
         the label, or the head, without the rim (``inside_of``), and the detail is where they do in one of the planes;
         default the reference's centre, and where the reference varies most
-    scan : where its slices are thick only the planes across them are drawn, and columns of voxels as they are mark one
+    scan : where its slices are thick only the planes across them are drawn; one is marked beside its column, the first
     title, footer : text above and below, may be empty; what is too long for a line below goes on in the next
     structure : what the segmentation is of, for the legend
     status : a traffic light ("green", "yellow", "red"), and text that stands in its colour above the footer, whole
@@ -188,8 +189,11 @@ def _drawn(
         source = max(rows, key=lambda cut: change_in(parts[cut.name], changed, inside))
     zoomed = parts[source.name]
     outlined = any(column.outlines for column in columns)
-    below = _Below.of(footer, SIDES[convention], status, LEGEND + SMALL * LETTER * len(structure) if outlined else 0)
-    page = _Page([*rows, zoomed], widest, len(columns), title, below, convention == "radiological", width_px)
+    marked = thick[0] if thick is not None and columns[0].nearest and columns[0].volume is scan else None
+    strips = (STRIP * any(cut.up == marked for cut in rows), STRIP * any(cut.right == marked for cut in rows))
+    taken = strips[0] + (LEGEND + SMALL * LETTER * len(structure) if outlined else 0)
+    below = _Below.of(footer, SIDES[convention], status, taken, strips[0])
+    page = _Page([*rows, zoomed], widest, len(columns), title, below, convention == "radiological", width_px, strips)
     page.texts(columns, title)
     if outlined:
         page.legend(masks, structure)
@@ -204,7 +208,7 @@ def _drawn(
                 _outline(axes, cut, masks, page.px(2.4 if cut is zoomed else 1.3))
             if cut is source:
                 page.frame(axes, zoomed)
-            if thick is not None and column.nearest and column.volume is scan:
+            if i == 0 and marked is not None and scan is not None and thick is not None:
                 page.slice(axes, cut, scan, *thick)
             page.finish(axes, cut, letters=i == 0)
     as_written(page.figure)
@@ -248,11 +252,13 @@ class _Below:
     footer: list[str]
 
     @classmethod
-    def of(cls, footer: str, side: str, status: tuple[str, str] | None, legend: float) -> _Below:
-        """Broken between words to the width of the page, of the footer beside a legend so wide."""
+    def of(cls, footer: str, side: str, status: tuple[str, str] | None, taken: float, strip: int = 0) -> _Below:
+        """Broken between words to the width of the page without the strip, of the footer without all that is taken."""
         light, words = status or ("", "")
         room = 2000 - 2 * PAGE_MARGIN - GUTTER
-        return cls(light, cls._lines(words, room), cls._lines(f"{footer} · {side}" if footer else side, room - legend))
+        return cls(
+            light, cls._lines(words, room - strip), cls._lines(f"{footer} · {side}" if footer else side, room - taken)
+        )
 
     @staticmethod
     def _lines(text: str, room: float) -> list[str]:
@@ -268,20 +274,30 @@ class _Below:
 
 
 class _Page:
-    """Where everything is on the picture; lengths in pixels, from its top left corner."""
+    """Where everything is on the picture; lengths in pixels, from its top left corner. ``strips``: left of the panels
+    and below each, for what is said of slices."""
 
     def __init__(
-        self, rows: list[Cut], widest_mm: float, columns: int, title: str, below: _Below, mirrored: bool, width_px: int
+        self,
+        rows: list[Cut],
+        widest_mm: float,
+        columns: int,
+        title: str,
+        below: _Below,
+        mirrored: bool,
+        width_px: int,
+        strips: tuple[int, int] = (0, 0),
     ) -> None:
         self.rows, self.mirrored, self.width, self.unit = rows, mirrored, width_px, width_px / 2000
-        self.below = below
-        room = width_px - self.px(2 * PAGE_MARGIN + GUTTER + (columns - 1) * GAP)
+        self.below, self.gap = below, GAP + strips[1]
+        self.x0 = self.px(PAGE_MARGIN + GUTTER + strips[0])
+        room = width_px - self.x0 - self.px(PAGE_MARGIN + (columns - 1) * GAP)
         self.column = room / columns
         self.scale = self.column / widest_mm  # pixels per mm
         self.zoom = self.column / rows[-1].size[0]
         self.top = self.px(HEADER + PAGE_MARGIN + TITLE * bool(title))
         self.heights = [cut.size[1] * (self.zoom if cut is rows[-1] else self.scale) for cut in rows]
-        gaps = (len(rows) - 1) * GAP + FOOTER + below.height + PAGE_MARGIN
+        gaps = (len(rows) - 1) * self.gap + strips[1] + FOOTER + below.height + PAGE_MARGIN
         self.height = self.top + sum(self.heights) + self.px(gaps)
         self.figure = new_figure(figsize=(width_px / 100, self.height / 100), dpi=100, facecolor=PAGE)
 
@@ -316,9 +332,9 @@ class _Page:
         axes.add_patch(Rectangle((left, bottom), *part.size, fill=False, ec=FRAME, lw=self.px(1.4) * 0.72))
 
     def slice(self, axes, cut: Cut, scan: Volume, through: int, thickness_mm: float) -> None:
-        """A bar as long as one slice is thick, at its place near the edge of the plane, and the borders of the others.
+        """Beside or below a plane a bar as long as one slice is thick, at its place, and the borders of the others.
 
-        A plane along the slices has none.
+        A plane along the slices has none. Nothing lies on the image: words on tissue cannot be read.
         """
         if through not in (cut.right, cut.up):
             return
@@ -328,34 +344,28 @@ class _Page:
         low, high = (left, right) if across else (bottom, top)
         at[cut.axis] = cut.at
         # The edge that is on the left, or the lower one.
-        edge = bottom if across else (right if self.mirrored and cut.right == 0 else left)
-        inwards = (top - bottom if across else left - right if edge == right else right - left) / 100
+        flipped = not across and self.mirrored and cut.right == 0
+        edge = bottom if across else right if flipped else left
+        outwards = self.unit / (self.zoom if cut is self.rows[-1] else self.scale) * (1 if flipped else -1)
         at[cut.up if across else cut.right] = edge
         borders = slice_edges(scan, through, at, low, high)
         if len(borders) < 2:
             return
-        chosen = len(borders) // 4
+        chosen = (len(borders) - 1) // 2
         pair = borders[chosen : chosen + 2]
-        for line, colour, place, width in ((borders, FAINT, 1.5, 1.2), (pair, MARK, 3, 5)):
-            x = np.full(len(line), edge + place * inwards)
-            points = (line, x) if across else (x, line)
-            if line is pair:
-                axes.plot(*points, color=colour, lw=self.px(width) * 0.72, solid_capstyle="butt")
-            else:
-                axes.plot(*points, color=colour, marker="|" if across else "_", ls="", ms=self.px(10) * 0.72, mew=0.8)
-        middle, beside = float(pair.mean()), edge + 5 * inwards
-        place_x, place_y = (middle, beside) if across else (beside, middle)
-        from matplotlib.patheffects import withStroke
-
-        axes.text(
-            place_x, place_y, f"slice {thickness_mm:.3g} mm", color=MARK, ha="center" if across else "left",
-            va="bottom" if across else "center", path_effects=[withStroke(linewidth=2, foreground="#000000")],
-            **self._font(22),
-        )  # fmt: skip
+        marker = {"marker": "|" if across else "_", "ls": "", "ms": self.px(10) * 0.72, "mew": 0.8}
+        bar = {"lw": self.px(5) * 0.72, "solid_capstyle": "butt"}
+        for line, colour, how in ((borders, FAINT, marker), (pair, MARK, bar)):
+            x = np.full(len(line), edge + 8 * outwards)
+            axes.plot(*((line, x) if across else (x, line)), color=colour, clip_on=False, **how)
+        middle, beside = float(pair.mean()), edge + 15 * outwards
+        place = {"ha": "center", "va": "top"} if across else {"ha": "right", "va": "center", "rotation": 90}
+        at_text = (middle, beside) if across else (beside, middle)
+        axes.text(*at_text, f"slice {thickness_mm:.3g} mm", color=MARK, **place, **self._font(SMALL))
 
     def texts(self, columns: Sequence[Column], title: str) -> None:
         """Title, captions of columns and rows, the light's lines and the footer."""
-        x0 = self.px(PAGE_MARGIN + GUTTER)
+        x0 = self.x0
         if title:
             size = self._fitting(38, [title], (self.width - x0 - self.px(PAGE_MARGIN)) / BOLDER)
             self._text(x0, self.px(PAGE_MARGIN), title, size, TEXT, va="top", weight="bold")
@@ -407,10 +417,10 @@ class _Page:
         return path
 
     def _left(self, column: int) -> float:
-        return self.px(PAGE_MARGIN + GUTTER) + column * (self.column + self.px(GAP))
+        return self.x0 + column * (self.column + self.px(GAP))
 
     def _top(self, row: int) -> float:
-        return self.top + sum(self.heights[:row]) + row * self.px(GAP)
+        return self.top + sum(self.heights[:row]) + row * self.px(self.gap)
 
     def _font(self, size: float) -> dict[str, Any]:
         return {"family": FONT, "fontsize": self.px(size) * 0.72}

@@ -381,7 +381,8 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
     layouts = [("wipe", "Wipe"), ("side", "Side by side")]
     layers = [("none", "None")]
     layers += [(n, words) for n, words in OVER.items() if n in packed.blobs or (n == "change" and wiping)]
-    marked = view.through is not None
+    marks = el("input", type="checkbox", id="marks", checked=True)
+    bar = el("span", class_="key slice", aria_hidden="true")
     start = el("button", "largest change" if view.changed else "back", type="button", id="start")
     return el(
         "div",
@@ -393,7 +394,9 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
         slider("slice", "Slice", 0, packed.shape[2] - 1, 0),
         slider("zoom", "Zoom", 1, 8, 1, 0.05),
         el("label", "Crosshair", el("input", type="checkbox", id="cross", checked=True)),
-        el("label", "Slice marks", el("input", type="checkbox", id="marks", checked=True)) if marked else None,
+        el("label", "Slice marks", el("span", marks, bar, f"one slice, {view.slice_mm:.3g} mm", class_="marked"))
+        if view.through is not None
+        else None,
         el("div", el("span", "Place"), el("span", el("output", id="place"), " ", start), class_="row wide"),
         class_="controls",
     )

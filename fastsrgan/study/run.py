@@ -181,7 +181,8 @@ def _measured(
         paths = [weights.template_weights(), _tuned(cohort, asked, progress)]
         loaded = [StudyModel.load(paths[0], "shipped"), StudyModel.load(paths[1], TUNED)]
     else:
-        loaded = _models(models, weights.template_weights if data is None else weights.default_weights)
+        own = (weights.template_weights, "shipped") if data is None else (weights.default_weights, weights.DEFAULT)
+        loaded = _models(models, *own)
     if kind == "augmentation" and len(loaded) < 2:
         raise UsageError("study augmentation", "one model", "--weights WITH WITHOUT: two or more to compare")
     conditions = _conditions(kind, heads[0], asked)
@@ -261,9 +262,9 @@ def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:
     return [Condition("original" if n == 0 else f"noise {100 * n:g} %", low_res, n) for n in levels]
 
 
-def _models(paths: Sequence[str | os.PathLike], default: Callable[[], Path]) -> list[StudyModel]:
+def _models(paths: Sequence[str | os.PathLike], default: Callable[[], Path], name: str) -> list[StudyModel]:
     if not paths:
-        return [StudyModel.load(default(), "shipped")]
+        return [StudyModel.load(default(), name)]
     if len({os.path.realpath(p) for p in paths}) < len(paths):  # its rows would count twice
         raise UsageError("--weights", "a model is named twice", "name each model once")
     names = [Path(p).stem for p in paths]

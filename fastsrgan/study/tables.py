@@ -90,7 +90,7 @@ def decisive_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for row in facts["rows"]:
         done[run := row.get("run", "")] += row["updates"]
-        line = {"epoch": f"{run} {row['epoch']}".strip(), "update": str(done[run])}
+        line = ({"run": run} if run else {}) | {"epoch": str(row["epoch"]), "update": str(done[run])}
         line |= {"lr factor": _number(row["lr_factor"])} if "lr_factor" in row else {}
         for part, psnr, spline, linear, ssim in DECISIVE:
             line |= {f"{part}PSNR": f"{row[psnr]:.2f}"} if psnr in row else {}

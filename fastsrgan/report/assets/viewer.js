@@ -14,7 +14,6 @@
   const DOUBT = [[0, 0, 0], [192, 38, 211], [254, 240, 138]]; // none, half, and where its colours end
   const MARK = "#facc15"; // of the slice
   const SOFTWARE = /swiftshader|llvmpipe|softpipe|software|basic render/i; // names of drivers without a graphics card
-  const NARROW = 200; // CSS pixels, of a pane without room for words beside its name, as on a phone
   const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.5, wipe: 0.5, cross: true, layer: "none", marks: true };
   const $ = (id) => document.getElementById(id);
 
@@ -111,7 +110,8 @@
     return Array.from({ length: count + 1 }, (_, k) => (k - 0.5 - rest) / row[axis]);
   }
 
-  // The slice of the crosshair as a bar at the edge of the image with its thickness, the borders of the others as ticks.
+  // The slice of the crosshair as a bar at the edge of the image, the borders of the others as ticks; how thick it is
+  // stands beside the switch, as words would lie on tissue or on the name of a pane.
   class Marks {
     constructor(canvas) {
       this.sheet = document.createElement("canvas");
@@ -129,15 +129,9 @@
       if (!state.marks || !plan.slices) return;
       const { axis, mm } = plan.slices;
       const { u, v, scale, centre, mirrored } = placed(width, height);
-      const words = "slice " + Number(mm.toPrecision(3)) + " mm";
-      context.font = `600 ${11 * ratio}px system-ui, sans-serif`;
-      context.fillStyle = MARK;
+      if (axis !== u && axis !== v) return; // along the slices
       context.shadowColor = "#000";
       context.shadowBlur = 3 * ratio;
-      if (axis !== u && axis !== v) {
-        context.fillText("along the slices, each " + Number(mm.toPrecision(3)) + " mm", 10 * ratio, height - 10 * ratio);
-        return;
-      }
       const upwards = axis === v;
       const pixel = (at) => upwards ? height / 2 - (at - centre[1]) * plan.spacing[v] * scale :
         width / 2 + (at - centre[0]) * plan.spacing[u] * scale * (mirrored ? -1 : 1);
@@ -156,10 +150,6 @@
       if (own < 0) return;
       const ends = [pixel(places[own]), pixel(places[own + 1])];
       line(ends[0], ends[1], 5, 4, MARK);
-      if (box.width < NARROW) return; // the words would lie on the pane's name; the large pane has them
-      const between = (ends[0] + ends[1]) / 2, size = context.measureText(words).width;
-      if (upwards) context.fillText(words, width - size - 24 * ratio, clamp(between - 5 * ratio, 12 * ratio, height - 6 * ratio));
-      else context.fillText(words, clamp(between - size / 2, 6 * ratio, width - size - 6 * ratio), height - 14 * ratio);
     }
   }
 
