@@ -13,6 +13,7 @@ from golden_steps import CONFIG, batch, double
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsrgan.core.ranks import Ranks
+from fastsrgan.model.cpu.rearranged import kept_bytes
 from fastsrgan.model.networks import build_generator
 from fastsrgan.model.weights import save_generator
 from fastsrgan.train.gan import Models
@@ -98,6 +99,19 @@ def test_the_generator_makes_every_fake_of_an_iteration_in_one_pass_of_chunks(mo
     drawn = [batch(s) for s in (1, 2, 3)]
     m.critic_updates([b for b, _ in drawn], [e for _, e in drawn])
     assert sizes == [3, 3, 3]
+
+
+def test_the_fakes_of_an_iteration_share_weights_that_are_rearranged_once_and_the_next_ones_do_not():
+    m, kept = models(generator_chunk=1), []
+    forward = m._forward
+    m._fakes = lambda *seen: (forward(*seen), kept.append(kept_bytes()))[0]
+    b, _ = batch(1)
+    before = m.generate(b)
+    assert len(kept) == len(b.x) > 1 and kept[0] > 0 and len(set(kept)) == 1 and not kept_bytes()
+    with torch.no_grad():
+        for weight in m.generator.parameters():  # in place, as an optimiser changes them
+            weight.mul_(1.5)
+    assert torch.equal(m.generate(b), forward(b.x, b.res)) and not torch.equal(m.generate(b), before)
 
 
 @pytest.mark.parametrize("classes", [0, 1, 3])

@@ -3,6 +3,7 @@ batch of patches the memory has room for."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
@@ -23,6 +24,7 @@ from fastsrgan.data.subject import PatchRule
 from fastsrgan.errors import ModelError, ResourceError, UsageError, counted, human, out_of_memory
 from fastsrgan.model import weights
 from fastsrgan.model.compiled import CompiledJob, proven, turned_on, whole
+from fastsrgan.model.cpu.rearranged import held
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
@@ -335,13 +337,14 @@ class Models:
         most = self.config.generator_chunk or GENERATOR_CHUNK[self.device.type]
         size = math.ceil(len(batch.x) / math.ceil(len(batch.x) / most))  # equal chunks are one shape to compile
         fakes = None
-        for at in range(0, len(batch.x), size):
-            part = slice(at, min(at + size, len(batch.x)))
-            seen = (_part(t, part, size if self.static else 0) for t in (batch.x, batch.res, batch.agree))
-            made = self._fakes(*seen)[: part.stop - at]
-            if fakes is None:
-                fakes = batch.x.new_empty(len(batch.x), *made.shape[1:])
-            fakes[part] = made
+        with held() if self.device.type == "cpu" else contextlib.nullcontext():
+            for at in range(0, len(batch.x), size):
+                part = slice(at, min(at + size, len(batch.x)))
+                seen = (_part(t, part, size if self.static else 0) for t in (batch.x, batch.res, batch.agree))
+                made = self._fakes(*seen)[: part.stop - at]
+                if fakes is None:
+                    fakes = batch.x.new_empty(len(batch.x), *made.shape[1:])
+                fakes[part] = made
         assert fakes is not None
         return fakes
 
