@@ -67,8 +67,7 @@ def onto_grid(
     Order 3 is the cubic spline (images), 0 the nearest voxel (labels); nothing is smoothed. Voxels whose centre lies
     outside the volume's field of view become 0. What was done is appended to ``notes``, or logged without them; where
     only a part ``scored`` (X, Y, Z) of the grid counts, what is missing there alone is told.
-    Raises InputError when the two do not overlap, and, but with ``as_placed``, for the reference's array with a header
-    that says nothing of its place: resampling would put it into the wrong one.
+    Raises InputError when the two do not overlap, and, but with ``as_placed``, as `refuse_placeless` does.
     """
     if same_grid(volume, like):
         apart = difference(volume.affine, like.affine, like.data.shape)

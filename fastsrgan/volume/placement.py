@@ -151,9 +151,12 @@ def placeless(affine_44: np.ndarray, orientation: str = "") -> bool:
 
 
 def refuse_placeless(volume: Volume, like: Volume, name: str) -> None:
-    """Raise InputError for a volume on another grid that has the array of ``like`` and no place of its own."""
-    one_array = tuple(volume.data.shape) == tuple(like.data.shape)
-    if one_array and not same_grid(volume, like) and placeless(volume.affine, volume.meta.get("orientation", "")):
-        apart = difference(volume.affine, like.affine, like.data.shape)
-        reason = f"the {name} has the reference's array and no place of its own; as they stand they are {apart}"
-        raise InputError(volume.meta.get("path", name), reason, copy_header(name))
+    """Raise InputError where a volume on another grid has the array of ``like``, the reference, and one of the two no
+    place of its own: resampling would put it into the wrong one."""
+    if tuple(volume.data.shape) != tuple(like.data.shape) or same_grid(volume, like):
+        return
+    for lost, kind, other in ((volume, name, "reference"), (like, "reference", name)):
+        if placeless(lost.affine, lost.meta.get("orientation", "")):
+            apart = difference(volume.affine, like.affine, like.data.shape)
+            reason = f"the {kind} has the {other}'s array and no place of its own; as they stand they are {apart}"
+            raise InputError(lost.meta.get("path", kind), reason, copy_header(kind, other))
