@@ -484,3 +484,8 @@ def test_a_reference_that_lost_its_header_is_refused_as_a_result_that_did(pair):
     assert not any("no place" in n for n in evaluate.evaluate_pair(pair["sr"], here)["notes"])
     placed = Volume(here.data, _shifted(-1.0))  # a place of its own, another one: scored where both are
     assert evaluate.evaluate_pair(away, placed)["grid"]["overlap"] < 1
+    # The result of a scan whose header counts from the middle of its first slice, as of every third plane of a truth.
+    for sr, hr, what, other in ((placed, here, "reference", "SR"), (here, placed, "SR", "reference")):
+        told = evaluate.evaluate_pair(sr, hr)
+        note = f"{what}: has the {other}'s array and no place of its own, they are up to 1 mm apart"
+        assert any(line.startswith(note) for line in told["notes"]) and told["grid"]["overlap"] < 1
