@@ -69,7 +69,7 @@ class Series:
         first = self.frames[0]
         folder = os.path.relpath(first.path.parent, root)
         facts = [f"in {folder}"] * (folder != ".") + [f"patient {first.patient}"] * bool(first.patient)
-        facts += [f"of {first.date}"] * bool(first.date) + [f"UID {self.uid}"]
+        facts += [f"of {first.date}"] * bool(first.date) + [f"UID {self.uid or 'none'}"]
         return f"{self} {', '.join(facts)}"
 
 
@@ -232,6 +232,12 @@ def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str 
         raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)
     whose = {True: "of another series", False: "it does not say of which series it is"}
     told = [f"{b.what} {b.reason}: left out, {whose[bool(b.uid)]}" for b in look.damaged]
+    loose = [s for s in look.series if s is not chosen and s.uid in ("", chosen.uid) and not (s.uid and s.number)]
+    if stray := list(dict.fromkeys(str(f.path) for s in loose for f in s.frames)):
+        words = counted(
+            len(stray), "file does not say of which series it is", "files do not say of which series they are"
+        )
+        told.append(f"{words}, left out: {some(stray, NAMED)}")
     left = [(s, s.frames[0]) for s in look.unusable if s is not chosen]
     told += [f"series {s} is left out, its {first.path.name} {first.fault}" for s, first in left]
     return replace(chosen, damaged=(), others=tuple(look.others), warnings=(*chosen.warnings, *told))
