@@ -567,6 +567,7 @@ def test_a_quote_that_is_left_open_is_told_with_its_line(folder):
             "line 3: a quote opens here and is never closed",
         ),
         (['b.nii.gz,b_seg.nii,Test,"poor'], "line 3: a quote opens here and is never closed"),
+        (["b.nii.gz,b_seg.nii,Test", '"'], "line 4: a quote opens here and is never closed"),
         (
             ['b.nii.gz,b_seg.nii,Test,"poor', 'c.nii.gz,c_seg.nii,Test,a "note"'],
             "line 3: a quote opens here and closes in a row below",

@@ -52,8 +52,6 @@ _MAX_BYTES = 1 << 26
 _MAX_TOLD = 50  # faults in one message
 _MAX_FAULT, _MAX_CELL = 600, 200  # characters of a fault, of a cell in it
 _MAX_COLUMNS, _MAX_NAMED, _MAX_COLUMN = 200, 12, 40  # columns that are looked at, that are named, characters of one
-
-
 # A number of a message that is no part of a name or a path.
 NUMBER = re.compile(r"(?<![\w./-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/]|\.\w)")
 
@@ -353,8 +351,7 @@ def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[
     text, first = "".join(lines[above:]), lines[above].strip("\r\n") if above < len(lines) else ""
     delimiter = delimiter if delimiter and delimiter in first else delimiter_of(first)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    records = []
-    line = above + 1
+    records, last, line = [], above + 1, above + 1
     try:
         for cells in reader:
             cells = ["" if cell.strip().casefold() in _NOTHING else cell.strip() for cell in cells]
@@ -362,23 +359,24 @@ def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[
                 cells.pop()
             if cells:
                 records.append((line, cells))
-            line = reader.line_num + above + 1
+            last, line = line, reader.line_num + above + 1
     except csv.Error as error:
         raise table_error(path, [(line, f"cannot be read as fields: {error}")], "is a quote left open?") from error
-    last = list(io.StringIO(text, newline=""))[records[-1][0] - above - 1 :] if records else []
-    if fault := _open_quote(records, last, delimiter):
+    if fault := _open_quote(records, last, io.StringIO(text, newline="").readlines()[last - above - 1 :], delimiter):
         raise table_error(path, [fault], "close it; a quote inside a cell is doubled")
     return records
 
 
-def _open_quote(records: Sequence[tuple[int, list[str]]], last: Sequence[str], delimiter: str) -> Fault | None:
-    """A quote that is never closed, or only in a row below: what lies between became one cell. A cell of several lines
-    without an image in them is what its writer meant. ``last``: the lines of the last record."""
+def _open_quote(
+    records: Sequence[tuple[int, list[str]]], last: int, end: Sequence[str], delimiter: str
+) -> Fault | None:
+    """A quote that is never closed, in the row of line ``last`` with the text ``end``, or only in a row below: what
+    lies between became one cell. A cell of several lines without an image in them is what its writer meant."""
     try:
-        list(csv.reader(last, delimiter=delimiter, skipinitialspace=True, strict=True))
+        list(csv.reader(end, delimiter=delimiter, skipinitialspace=True, strict=True))
     except csv.Error as error:
         if "unexpected end" in str(error):
-            return records[-1][0], "a quote opens here and is never closed"
+            return last, "a quote opens here and is never closed"
     rows = (line for line, cells in records if any(map(_SWALLOWED.search, cells)))
     return next(((line, "a quote opens here and closes in a row below") for line in rows), None)
 
