@@ -165,7 +165,9 @@ def refuse_placeless(volume: Volume, like: Volume, name: str) -> str:
     for lost, kind, other in ((volume, name, "reference"), (like, "reference", name)):
         if placeless(lost.affine, lost.meta.get("orientation", "")):
             if slight:
-                return f"{kind}: has the {other}'s array and no place of its own, they are {apart}: was a header lost?"
+                return (
+                    f"{kind}: has the {other}'s array and no place of its own, they are {apart}: was its header lost?"
+                )
             reason = f"the {kind} has the {other}'s array and no place of its own; as they stand they are {apart}"
             raise InputError(lost.meta.get("path", kind), reason, copy_header(kind, other))
     return ""
