@@ -21,12 +21,12 @@ import numpy as np
 from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.data.settings_check import data_warnings
-from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError, counted
+from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError, counted, some
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.formats import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
-from fastsrgan.io.tables import Fault, TableRow, read_table, some, table_error, told_by_line
+from fastsrgan.io.tables import Fault, TableRow, read_table, table_error, told_by_line
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume

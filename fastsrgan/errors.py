@@ -152,6 +152,11 @@ def some_of(number: int, of: int, one: str, singular: str, plural: str) -> str:
     return f"{number} of {counted(of, one)} {singular if number == 1 else plural}"
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, as they stand in a message, and how many more there are: 'a, b and 3 more'."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
 def compared(a_bytes: int, b_bytes: int) -> tuple[str, str]:
     """Two sizes that differ, exactly where they are the same when rounded: ('56.59 KiB', '2 KiB')."""
     if human(a_bytes) != human(b_bytes):
@@ -190,7 +195,4 @@ def alike(warnings: Mapping[str, Sequence[str]], shown: int = 3) -> list[str]:
     for subject, texts in warnings.items():
         for text in texts:
             about.setdefault(text, []).append(subject)
-    return [
-        f"{', '.join(names[:shown])}{f' and {len(names) - shown} more' * (len(names) > shown)}: {text}"
-        for text, names in about.items()
-    ]
+    return [f"{some(names, shown)}: {text}" for text, names in about.items()]

@@ -127,6 +127,13 @@ label(13, "another place", lambda data, affine: (data, affine + np.outer([1, 0, 
 label(13, "the image's array without its header", lambda data, affine: (data, np.eye(4)))
 
 
+@case(13, "a truth without its header")
+def _lost_truth() -> Words:
+    write("sr.nii.gz", HEAD, rigid((1.0, 1, 3)))
+    write("truth.nii.gz", HEAD, np.eye(4))
+    return ["evaluate", "--sr", "sr.nii.gz", "--hr", "truth.nii.gz"]
+
+
 @case(13, "several structures, none of them chosen")
 def _several_structures() -> Words:
     write("hr.nii.gz", HEAD, rigid((1.0, 1, 3)))
@@ -153,6 +160,8 @@ def _pointer() -> Words:
 MANY = "none.nii.gz,sub-0_gm.nii.gz,Train\nsub-0.nii.gz,sub-0_gm.nii.gz,trian\nsub-1.nii.gz,sub-1_gm.nii.gz,Train\n"
 line(14, "all faults at once", *CONVERT, text=HEADER + MANY + "sub-1.nii.gz,sub-2_gm.nii.gz,Test\n")
 line(14, "columns of other names", *CONVERT, text="HR_img,Label,Base\na,b,Train\n")
+OPEN = '"sub-1.nii.gz,sub-1_gm.nii.gz,Train\nsub-2.nii.gz,sub-2_gm.nii.gz,Test\n'
+line(14, "a quote that is left open", *CONVERT, text=HEADER + OPEN)
 line(14, "a workbook", "convert", "table.xlsx", "new.zarr", text="PK\3\4...", name="table.xlsx")
 line(14, "no such table", "convert", "cohrt.csv", "new.zarr")
 

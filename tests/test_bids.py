@@ -571,12 +571,12 @@ def test_of_many_participants_and_images_the_first_are_named(tmp_path, caplog):
     root = bare(tmp_path, *(f"sub-{k:02d}_T1w.nii" for k in range(11)))
     with pytest.raises(InputError) as error:
         find_bids(root, ["x"])
-    assert error.value.hint == "there are " + ", ".join(f"{k:02d}" for k in range(10)) + ", ..."
+    assert error.value.hint == "there are " + ", ".join(f"{k:02d}" for k in range(10)) + " and 1 more"
     bare(root, *(f"sub-00_run-{k}_bold.nii" for k in range(6)), "sub-00_dseg.nii")
     (root / "sub-00" / "anat" / ".sub-00_T2w.nii").touch()
     with caplog.at_level("INFO", "fastsrgan"):
         assert len(find_bids(root)) == 11
-    assert "6 images are not taken: " in caplog.text and caplog.text.strip().endswith("(suffix bold), ...")
+    assert "6 images are not taken: " in caplog.text and caplog.text.strip().endswith("(suffix bold) and 1 more")
     assert caplog.text.count("suffix bold") == 5
     bare(root, "sub-00_desc-x_T1w.nii", "sub-00_desc-x_dseg.nii")
     with pytest.raises(

@@ -134,3 +134,23 @@ def test_sigkill_while_writing_leaves_whole_snapshots_only(tmp_path):
         last = written.get()
     newest = checkpoint.newest(run)
     assert int(newest.name[5:]) >= last and not checkpoint.verify(newest)
+
+
+@pytest.mark.fault(23)
+def test_a_file_that_may_not_be_read_is_listed_and_the_others_are_looked_at(tmp_path, monkeypatch):
+    for step in (1, 2):
+        last = checkpoint.write(
+            tmp_path, step, {name: lambda p: p.write_bytes(b"x") for name in ("a.bin", "b.bin")}, {}
+        )
+    hashed = checkpoint.sha256
+
+    def denied(path):
+        if path.name == "a.bin":
+            raise PermissionError(13, "Permission denied", str(path))
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", denied)
+    (last / "b.bin").write_bytes(b"y")
+    first, second = checkpoint.verify(last)
+    assert first == f"{last / 'a.bin'}: cannot be read: Permission denied (check the path and its permissions)"
+    assert second.startswith(f"{last / 'b.bin'}: differs from its SHA-256")

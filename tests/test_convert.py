@@ -839,7 +839,7 @@ def test_maps_with_the_same_fault_are_told_together_with_the_way_out(tmp_path):
     with pytest.raises(InputError) as caught:
         convert(table, tmp_path / "store")
     told = caught.value.reason
-    assert told.startswith("20 faults: 20 lines, 2, 3, 4, ") and ", 13, ...: Label_image " in told
+    assert told.startswith("20 faults: 20 lines, 2, 3, 4, ") and ", 13 and 8 more: Label_image " in told
     assert told.count("the label holds") == 1 and "the value 1035 to 1985" in told and "and 19 others: " in told
     assert "choose the structure with --label-classes" in caught.value.hint
     with pytest.raises(InputError) as caught:

@@ -222,10 +222,8 @@ def test_half_a_voxel_of_border_belongs_to_the_field_of_view():
 
 
 def test_volumes_that_do_not_meet_are_refused(pair):
-    affine = pair["hr"].affine.copy()
-    affine[2, 3] = 500
     with pytest.raises(InputError, match="SR: does not overlap"):
-        evaluate.evaluate_pair(Volume(pair["sr"].data, affine), pair["hr"])
+        evaluate.evaluate_pair(Volume(pair["sr"].data, _shifted(500)), Volume(pair["hr"].data, _shifted(-1)))
 
 
 def test_a_segmentation_without_a_label_is_refused(pair):
@@ -350,12 +348,12 @@ def test_a_scan_that_misses_a_part_of_the_truth_is_scored_where_it_is():
 @pytest.mark.parametrize("turned", [False, True])
 def test_images_of_different_extent_are_scored_where_both_are(pair, turned, caplog):
     """Whatever lies outside the SR's field of view changes no figure: as if the truth had been cut to it."""
-    affine = pair["sr"].affine.copy()
+    pair = {n: Volume(v.data, _shifted(-2)) for n, v in pair.items()}
     part = (slice(3, None), slice(None, -4), slice(None))
-    affine[0, 3] = 3
+    affine = _shifted(1)
     small = {n: Volume(np.ascontiguousarray(pair[n].data[part]), affine) for n in ("sr", "seg")}
     if turned:  # the overlap is no box
-        spin = np.array([[0.94, -0.342, 0, 5], [0.342, 0.94, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+        spin = np.array([[0.94, -0.342, 0, 3], [0.342, 0.94, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1.0]])
         small = {n: Volume(pair[n].data, spin) for n in ("sr", "seg")}
     cut = pair | small
     with caplog.at_level(logging.INFO, "fastsrgan"):
@@ -470,9 +468,24 @@ def test_the_picture_of_errors_of_images_wholly_below_zero_is_that_of_those_move
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "900.png").read_bytes()
 
 
-def test_a_reference_without_a_place_of_its_own_is_told(pair):
-    """The array of a result whose grid lies elsewhere: one of the two headers is lost."""
-    elsewhere = Volume(pair["sr"].data, _shifted(3.0))
-    told = evaluate.evaluate_pair(elsewhere, pair["hr"])["notes"]
-    assert any("reference: has the SR's array and no place of its own, they are up to 3 mm apart" in n for n in told)
-    assert not any("no place" in n for n in evaluate.evaluate_pair(pair["sr"], pair["hr"])["notes"])
+def test_a_reference_that_lost_its_header_is_refused_as_a_result_that_did(pair):
+    """Figures of one array laid over itself elsewhere say nothing; whose header is lost, the error says."""
+    away, here = Volume(pair["sr"].data, _shifted(3.0)), pair["hr"]
+    for sr, hr, what in ((away, here, "reference"), (Volume(pair["sr"].data, np.eye(4)), away, "SR")):
+        other = "SR" if what == "reference" else "reference"
+        with pytest.raises(InputError) as error:
+            evaluate.evaluate_pair(sr, hr)
+        told = f"the {what} has the {other}'s array and no place of its own; as they stand they are up to 3 mm apart"
+        assert error.value.reason.startswith(told)
+        assert error.value.hint == (
+            f"copy the {other}'s header to it, for example with fslcpgeom {other.upper()} {what.upper()}, do not "
+            "resample"
+        )
+    assert not any("no place" in n for n in evaluate.evaluate_pair(pair["sr"], here)["notes"])
+    placed = Volume(here.data, _shifted(-1.0))  # a place of its own, another one: scored where both are
+    assert evaluate.evaluate_pair(away, placed)["grid"]["overlap"] < 1
+    # The result of a scan whose header counts from the middle of its first slice, as of every third plane of a truth.
+    for sr, hr, what, other in ((placed, here, "reference", "SR"), (here, placed, "SR", "reference")):
+        told = evaluate.evaluate_pair(sr, hr)
+        note = f"{what}: has the {other}'s array and no place of its own, they are up to 1 mm apart"
+        assert any(line.startswith(note) for line in told["notes"]) and told["grid"]["overlap"] < 1

@@ -70,7 +70,7 @@ def test_results_are_known_by_their_record_and_counted(tmp_path, caplog):
         (tmp_path / f"odd{k}.json").write_text(json.dumps({"provenance": {}, "weights": {}} | odd), encoding="utf8")
     with caplog.at_level(logging.INFO, "fastsrgan"):
         assert names(tmp_path) == ["a", "b", "c", "c_sr", "d", "e"]
-    told = f"{tmp_path}: 6 images: a.nii, b.nii, c.nii, ... (2 results of an earlier call left out)"
+    told = f"{tmp_path}: 6 images: a.nii, b.nii, c.nii and 3 more (2 results of an earlier call left out)"
     assert told in caplog.text
     caplog.clear()
     (tmp_path / "new").mkdir()
@@ -79,9 +79,9 @@ def test_results_are_known_by_their_record_and_counted(tmp_path, caplog):
         with caplog.at_level(logging.INFO, "fastsrgan"):
             names(tmp_path / "new")
     assert [text.split(": ")[-1] for text in caplog.messages] == [
-        "0.nii", "0.nii, 1.nii", "0.nii, 1.nii, 2.nii", "0.nii, 1.nii, 2.nii, ...",
+        "0.nii", "0.nii, 1.nii", "0.nii, 1.nii, 2.nii", "0.nii, 1.nii, 2.nii and 1 more",
     ]  # fmt: skip
-    for k in range(2, 4):  # no dots where all are named, results of an earlier call or not
+    for k in range(2, 4):  # nothing more where all are named, results of an earlier call or not
         (tmp_path / "new" / f"{k}.nii").unlink()
     write(tmp_path / "new" / "0_sr.nii")
     record(tmp_path / "new", "0")

@@ -190,10 +190,26 @@ def test_a_named_series_is_read_beside_files_that_say_of_none_which_are_told(tmp
     others = small(tmp_path, number=6, prefix="Z")
     for path in others:
         path.write_bytes(b"")
-    error = refused(tmp_path, f"cannot be read: {others[0]} is empty.*, and 1 more")
+    error = refused(tmp_path, f"cannot be read: {others[0]} is empty.* and 1 more")
     assert "--series 5 leaves out what does not say of which series it is" in error.hint
     told = dicom.load(tmp_path, series="5").warnings
     assert len(told) == 4 and all("left out, it does not say of which series it is" in text for text in told)
+
+
+@pytest.mark.parametrize("lost", ["SeriesInstanceUID", "SeriesNumber"])
+def test_a_slice_that_does_not_say_of_which_series_it_is_is_not_lost_without_a_word(tmp_path, lost):
+    """At an end of the stack nothing else would show it; other series of other numbers are no such thing."""
+    last = small(tmp_path, number=5)[-1]
+    small(tmp_path / "b", number=6)
+    ds = read(last)
+    uid = ds.SeriesInstanceUID
+    delattr(ds, lost)
+    ds.save_as(last)
+    with pytest.raises(UsageError, match="holds 3 series"):
+        dicom.load(tmp_path)
+    image = dicom.load(tmp_path, series=uid if lost == "SeriesInstanceUID" else "5")
+    assert image.warnings == (f"1 file does not say of which series it is, left out: {last}",)
+    assert dicom.load(tmp_path, series="6").warnings == (image.warnings if lost == "SeriesInstanceUID" else ())
 
 
 def test_a_named_series_is_refused_without_its_own_slice(tmp_path):
@@ -245,7 +261,7 @@ def test_many_copies_are_counted_and_three_named(tmp_path):
     for path in small(tmp_path):
         (tmp_path / f"x{path.name}").write_bytes(path.read_bytes())
     (told,) = dicom.load(tmp_path).warnings
-    assert told.startswith("4 images are copies") and told.endswith(", ...") and told.count(".dcm") == 3
+    assert told.startswith("4 images are copies") and told.endswith(" and 1 more") and told.count(".dcm") == 3
 
 
 def test_other_files_of_a_folder_are_named(tmp_path, caplog):
@@ -254,7 +270,7 @@ def test_other_files_of_a_folder_are_named(tmp_path, caplog):
         (tmp_path / name).write_text("no image", encoding="utf8")
     with caplog.at_level(logging.INFO, "fastsrgan"):
         dicom.load(tmp_path)
-    assert "4 files are no DICOM images and left out: b.txt, c.txt, d.txt, ..." in caplog.text
+    assert "4 files are no DICOM images and left out: b.txt, c.txt, d.txt and 1 more" in caplog.text
 
 
 def test_the_sum_of_a_series_is_that_of_its_own_files(tmp_path):

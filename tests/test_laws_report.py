@@ -181,7 +181,7 @@ def test_damage_is_named_up_to_three_files(tmp_path, caplog):
     for n in range(4):
         put(tmp_path / f"{n}.json", "{")
     put(tmp_path / "empty.json", " {} ")
-    with pytest.raises(InputError, match=r"damaged or no JSON object: 0\.json, 1\.json, 2\.json, \.\.\. "):
+    with pytest.raises(InputError, match=r"damaged or no JSON object: 0\.json, 1\.json, 2\.json and 1 more "):
         find(tmp_path)
     (tmp_path / "3.json").unlink()
     with pytest.raises(InputError, match=r"object: 0\.json, 1\.json, 2\.json \("):

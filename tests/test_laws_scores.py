@@ -376,9 +376,9 @@ def test_what_a_region_is_is_told_and_of_an_overlap_that_it_is_one(blobs):
     whole = pair.evaluate_pair(**blobs, mask=blobs["label"], subject=None)["definitions"]
     assert {name for name in whole if name.startswith("region ")} == {"region whole", "region mask", "region label"}
     assert whole["region whole"] == REGIONS["whole"] and "error_over_doubt" not in whole
-    shift = np.eye(4)
-    shift[0, 3] = 4
-    part = pair.evaluate_pair(Volume(blobs["sr"].data, shift), blobs["hr"], subject=None)
+    place, shift = np.eye(4), np.eye(4)
+    place[0, 3], shift[0, 3] = -1, 3
+    part = pair.evaluate_pair(Volume(blobs["sr"].data, shift), Volume(blobs["hr"].data, place), subject=None)
     assert "lies in all images" in part["definitions"]["region whole"] and part["grid"]["overlap"] == 10 / 14
     assert any(
         "scored on the overlap, 71.4 % of the truth's voxels" in n and n.endswith("of SR") for n in part["notes"]

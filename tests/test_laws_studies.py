@@ -27,15 +27,20 @@ ENGINE = cells.Engine(16, "cpu", "fp32", 3)
 def measured(folder: Path, monkeypatch, *, heads=("a",), conditions=None, models=("m",), steps=(8,), **engine):
     """(cells, what was measured) of heads and models that are names alone, with such an engine."""
     found = []
+    volumes = {"hr": Volume(np.ones((12, 12, 12), np.float32), np.eye(4))}
+
+    def made_up():
+        return {"scores": {}, "notes": []}
+
     monkeypatch.setattr(cells, "pick_device", lambda asked: asked)
     monkeypatch.setattr(cells, "acquire", lambda volumes, condition, key: SimpleNamespace(structures={}, key=key))
-    monkeypatch.setattr(cells, "_interpolation", lambda case: found.append(("base", case.key)) or {"scores": {}})
+    monkeypatch.setattr(cells, "_interpolation", lambda case: found.append(("base", case.key)) or made_up())
     monkeypatch.setattr(
-        cells, "_through", lambda case, model, step, *_: found.append((model.sha256, step)) or {"scores": {}}
+        cells, "_through", lambda case, model, step, *_: found.append((model.sha256, step)) or made_up()
     )
     made, _ = cells.run_cells(
         folder,
-        [SimpleNamespace(name=name.upper(), key=name, load=object, structures=()) for name in heads],
+        [SimpleNamespace(name=name.upper(), key=name, load=lambda: volumes, structures=()) for name in heads],
         [SimpleNamespace(name=name.title(), sha256=name) for name in models],
         conditions or [Condition("c", (1.0, 1.0, 3.0))],
         steps,

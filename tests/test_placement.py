@@ -154,7 +154,10 @@ def test_a_lost_header_is_copied_not_resampled(tmp_path, kind):
         assert "copy the image's header" in error.value.hint and "do not resample" in error.value.hint
     with pytest.raises(InputError, match="label has the reference's array and no place of its own") as error:
         onto_grid(images.load(tmp_path / "m.nii.gz"), like, order=0, name="label")
-    assert "copy the image's header" in error.value.hint
+    assert "copy the reference's header" in error.value.hint
+    with pytest.raises(InputError, match="the reference has the label's array and no place of its own") as error:
+        onto_grid(like, images.load(tmp_path / "m.nii.gz"), order=0, name="label")
+    assert "copy the label's header" in error.value.hint
 
 
 def test_an_array_written_in_reverse_order_is_recognised(tmp_path):

@@ -30,9 +30,9 @@ from fastsrgan.pictures import figure
 from fastsrgan.pictures.planes import white
 from fastsrgan.report import cohort, curves, viewer, volumes
 from fastsrgan.report import show as show_module
-from fastsrgan.report.collect import Result
+from fastsrgan.report.collect import Result, find
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
-from fastsrgan.report.page import report
+from fastsrgan.report.page import NotShown, report
 from fastsrgan.report.show import show
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, observation
 from fastsrgan.volume.geometry import Orientation, Volume
@@ -344,6 +344,51 @@ def test_pages_stay_below_the_limit_and_say_what_it_cost(results, page, tmp_path
         report(make_run(tmp_path / "run"), max_mb=0.5)
 
 
+def in_part(*args, **options):
+    """The pages of results of which something is not shown."""
+    with pytest.raises(NotShown) as error:
+        report(*args, **options)
+    return error.value.written
+
+
+@pytest.mark.parametrize("gone", ["input", "seg", "sr of one of two"])
+def test_what_a_page_does_not_show_is_told_on_the_terminal_and_by_the_code(results, tmp_path, capsys, gone):
+    """The scan need not lie where it lay; what the record says was made has to be there."""
+    out = shutil.copytree(results, tmp_path / "out")
+    record = json.loads((out / "scan.json").read_text(encoding="utf8"))
+    if gone == "input":
+        write_json(out / "scan.json", record | {"input": record["input"] | {"path": str(tmp_path / "scan.nii.gz")}})
+        code, pages, told = 0, 1, "scan: the input is no longer there and is not shown"
+    elif gone == "seg":
+        (out / "scan_seg.nii.gz").unlink()
+        code, pages, told = 6, 1, "scan: the segmentation is no longer there and is not shown"
+    else:
+        (out / "scores.json").unlink()
+        write_json(out / "other.json", record | {"outputs": {"sr": "other_sr.nii.gz"}})
+        code, pages, told = 6, 3, "other: the super-resolved image is no longer there and is not shown"
+    assert cli.main(["report", str(out), "--json", "--overwrite"]) == code
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == pages and f"warning: {told}" in printed.err
+    of = "1 of 2 results is not shown whole: other" if pages > 1 else "1 of 1 result is not shown whole: scan"
+    assert (f"error: {out / 'report.html'}: {of} (see the warnings; the pages hold the rest)" in printed.err) == bool(
+        code
+    )
+
+
+def test_an_image_stands_for_the_result_whose_record_names_it(results, tmp_path):
+    out = shutil.copytree(results, tmp_path / "out")
+    for kind in ("sr", "seg"):
+        image = out / f"scan_{kind}.nii.gz"
+        assert find(image).results[0].record == find(out / "scan.json").results[0].record
+    (page,) = report(out / "scan_sr.nii.gz", overwrite=True)
+    assert Parsed(page.read_text(encoding="utf8")).facts["results"][0]["stem"] == "scan"
+    (out / "scan.json").rename(out / "moved.json")
+    assert find(out / "scan_seg.nii.gz").results[0].stem == "moved"
+    stranger = images.save(out / "stranger_sr.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
+    with pytest.raises(InputError, match=r"stranger_sr\.nii\.gz: is an image, and no record beside it names it"):
+        find(stranger)
+
+
 def test_what_is_missing_or_changed_is_said(results, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -353,7 +398,7 @@ def test_what_is_missing_or_changed_is_said(results, tmp_path):
     record["input"]["path"] = str(make_scan(tmp_path / "scan.nii.gz", edge=3.0))
     record["outputs"]["seg"] = str(out / "nowhere.nii.gz")
     write_json(out / "scan.json", record)
-    (path,) = report(out)
+    (path,) = in_part(out)
     got = Parsed(path.read_text(encoding="utf8"))
     assert "is not the file that the result was made of" in got.words
     assert "the segmentation is no longer there" in got.words
@@ -361,7 +406,7 @@ def test_what_is_missing_or_changed_is_said(results, tmp_path):
     (out / "scan_sr.nii.gz").unlink()
     record["outputs"]["sr"] = str(out / "nowhere_sr.nii.gz")
     write_json(out / "scan.json", record)
-    (path,) = report(out, overwrite=True)
+    (path,) = in_part(out, overwrite=True)
     got = Parsed(path.read_text(encoding="utf8"))
     assert "the super-resolved image is no longer there" in got.words and "canvas" not in got.tags
     assert got.facts["results"][0]["record"]["seconds"] == record["seconds"]
@@ -398,7 +443,7 @@ def test_a_record_cannot_put_other_files_on_the_page(results, tmp_path, way):
         rows = f"HR_image,Label_image,Base\n{secret},{secret},Test\n"
         (out.parent / "cohort" / "cohort.csv").write_text(rows, encoding="utf8")
     write_json(out / "scan.json", record)
-    (path,) = report(out.parent if way == "demo" else out)
+    (path,) = (in_part if way in ("outputs", "link") else report)(out.parent if way == "demo" else out)
     got = Parsed(path.read_text(encoding="utf8"))
     assert SECRET[:6] not in path.read_text(encoding="utf8")
     shown = [name for name in got.blocks if name.startswith("volume-")]
@@ -416,17 +461,25 @@ def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
     assert scores["segmentation"]["dice"] == told["segmentation"]["dice"]
 
 
-def test_a_truth_without_a_place_of_its_own_is_a_note_in_the_report_as_in_evaluate(tmp_path):
-    """Also where the part that is shown has the truth's array: a head that fills its image, stored in world order."""
+def test_a_truth_that_lost_its_header_is_refused_by_the_report_as_by_evaluate(tmp_path):
+    """Before a page is written. One that was scored in earlier days is drawn where its header has it, also where the
+    part that is shown has the truth's array: a head that fills its image, stored in world order."""
     data = np.random.default_rng(0).random((24, 24, 8)).astype(np.float32) + 1
     scan = images.save(tmp_path / "scan.nii.gz", data, np.diag([2.0, 2, 6, 1]) + np.eye(4)[:, [1, 2, 0, 3]] * 0)
     infer_files([scan], tmp_path / "out", make_model(tmp_path), patch=16, step=16, device="cpu")
-    sr = images.load(tmp_path / "out" / "scan_sr.nii.gz")
+    sr_file, record = tmp_path / "out" / "scan_sr.nii.gz", tmp_path / "out" / "scan.json"
+    sr = images.load(sr_file)
     truth = images.save(tmp_path / "truth.nii.gz", sr.data, np.eye(4))
-    note = "reference: has the SR's array and no place of its own"
-    assert any(note in n for n in evaluate_files(tmp_path / "out" / "scan_sr.nii.gz", truth)["notes"])
-    (path,) = report(tmp_path / "out" / "scan.json", tmp_path / "page.html", hr=truth)
-    assert note in path.read_text(encoding="utf8")
+    lost = "the reference has the SR's array and no place of its own"
+    with pytest.raises(InputError, match=lost):
+        evaluate_files(sr_file, truth)
+    with pytest.raises(InputError, match=lost):
+        report(record, tmp_path / "page.html", hr=truth)
+    assert not (tmp_path / "page.html").exists()
+    scores = evaluate_files(sr_file, sr_file)
+    write_json(tmp_path / "scores.json", scores | {"files": scores["files"] | {"hr": str(truth)}})
+    (path,) = report(record, tmp_path / "page.html", scores=tmp_path / "scores.json")
+    assert "volume-truth" in Parsed(path.read_text(encoding="utf8")).blocks
 
 
 @pytest.mark.parametrize("outside", ["scan", "zero"])

@@ -26,7 +26,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.model.purpose import Purpose
 from fastsrgan.pictures import error_map as error_map_module
 from fastsrgan.pictures import figure
-from fastsrgan.report.page import report
+from fastsrgan.report.page import NotShown, report
 from fastsrgan.volume.geometry import Volume
 
 SHAPE = (40, 44, 36)
@@ -435,7 +435,9 @@ def test_a_page_without_doubt_and_structures_has_nothing_of_them(tmp_path):
     known = json.loads(record.read_text(encoding="utf8"))
     for kind in ("doubt", "mask"):
         (tmp_path / "out" / f"scan_{kind}.nii.gz").unlink()
-    (path,) = report(record, tmp_path / "gone.html")
+    with pytest.raises(NotShown, match="scan") as error:
+        report(record, tmp_path / "gone.html")
+    (path,) = error.value.written
     assert "the doubt is no longer there" in path.read_text(encoding="utf8")
     write_json(record, {k: v for k, v in known.items() if k != "doubt"} | {
         "outputs": {kind: known["outputs"][kind] for kind in ("sr", "seg")}

@@ -250,6 +250,31 @@ class StoreContract:
             left = (slice(0, 64),) * 3
             np.testing.assert_array_equal(store.read_region("a", "image", left), image[left])
 
+    @pytest.mark.fault(29)
+    def test_what_may_not_be_read_ends_a_check_of_a_storage_and_is_listed_of_a_folder(self, url, monkeypatch):
+        """Of a folder the others are looked at all the same; a storage that does not answer is not asked for each."""
+        make(url, "a", "b", "c")
+        store = open_store(url)
+        denied = {"zarr.json", "a/image/c/0/0/0", "b/zarr.json", "b/label/zarr.json", "b/label/c/0/0/0"}
+        read = store_files.Keys.get_all
+
+        def get_all(keys, names):
+            if bad := denied & set(names):
+                raise ResourceError(min(bad), "cannot be read: Permission denied", "check it")
+            return read(keys, names)
+
+        monkeypatch.setattr(store_files.Keys, "get_all", get_all)
+        if store._keys.root is None:
+            with pytest.raises(ResourceError, match="Permission denied"):
+                store.verify()
+            return
+        (store._keys.root / "c/image/c/0/0/0").unlink()
+        told = store.verify()
+        assert set(told) == {f"{key}: cannot be read: Permission denied" for key in denied} | {
+            "c/image/c/0/0/0: missing"
+        }
+        assert len(told) == len(set(told))
+
     @pytest.mark.fault(32)
     def test_a_newer_format_is_refused(self, url):
         make(url, "a")

@@ -369,6 +369,35 @@ def test_what_is_odd_about_a_heads_files_is_told_and_kept(folder, tmp_path, undr
     assert note in caplog.messages and f"Note: {note}" in (tmp_path / "out/steps.md").read_text(encoding="utf8")
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("resolution", {"ratios": (1.0,)}, "7 x 7 x 7 mm are the head's own voxels: nothing is to be super-resolved"),
+        ("resolution", {"ratios": (6.0,)}, "slices of 42 mm: 3.3 of them lie in the head"),
+        ("steps", {"low_res": (7.0, 7.0, 42.0)}, "slices of 42 mm: 3.3 of them lie in the head"),
+        ("steps", {"low_res": (7.0, 7.0, 14.0)}, None),
+    ],
+)
+def test_slices_that_leave_little_or_nothing_to_restore_are_told(folder, tmp_path, undrawn, caplog, kind, given, said):
+    with caplog.at_level("INFO", "fastsrgan"):
+        asked = study.Settings(**SMALL, steps=(16,), **given)
+        made = study.run(kind, folder / "a.nii.gz", tmp_path / "out", [folder / "with.safetensors"], asked)
+    odd = [line for line in made["notes"] if "the head" in line]
+    assert odd == ([f"a: {said}"] if said else []) and set(odd) <= set(caplog.messages)
+
+
+def test_slices_as_thick_as_a_head_are_refused_before_anything_is_measured(folder, tmp_path, capsys):
+    """Of a study over several, too: the head is what is above 0, and its air is none of it."""
+    image = images.load(folder / "a.nii.gz")
+    image.data[:, :, 12:] = 0
+    thin = images.save(tmp_path / "thin.nii.gz", image.data, image.affine)
+    asked = ["--patch", "16", "--device", "cpu", "-w", str(folder / "with.safetensors"), "-o", str(tmp_path / "out")]
+    code = main(["study", "resolution", str(thin), *asked, "--steps", "16", "--ratios", "2", "12", "--quiet"])
+    told = capsys.readouterr().err
+    assert code == 3 and "slices of 84 mm: the head is 7" in told and "less than one of them" in told
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
 def test_a_model_that_is_named_twice_is_refused(folder, tmp_path):
     """Its rows would count each head twice."""
     model = folder / "with.safetensors"

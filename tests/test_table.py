@@ -486,10 +486,14 @@ def test_a_file_url_says_that_its_path_is_wanted(folder):
         (
             "a.nii.gz" + ",b.nii.gz" * 13,
             ["a"],
-            f"1 are taken, those of {', '.join(map(str, range(2, 14)))}, ... are not",
+            f"1 are taken, those of {', '.join(map(str, range(2, 14)))} and 1 more are not",
         ),
         ("a.nii.gz,x\n" + ",x\n" * 12, ["a"], f"12 lines name no image: {', '.join(map(str, range(2, 14)))}"),
-        ("a.nii.gz,x\n" + ",x\n" * 13, ["a"], f"13 lines name no image: {', '.join(map(str, range(2, 14)))}, ..."),
+        (
+            "a.nii.gz,x\n" + ",x\n" * 13,
+            ["a"],
+            f"13 lines name no image: {', '.join(map(str, range(2, 14)))} and 1 more",
+        ),
     ],
 )
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
@@ -552,6 +556,43 @@ def test_a_table_has_a_largest_size(folder, monkeypatch):
 def test_a_quote_that_is_left_open_is_told_with_its_line(folder):
     path = table(folder, "a.nii.gz,a_seg.nii,Train", '"' + "b" * 200000)
     assert "line 3: cannot be read as fields" in faults_of(path) and "quote left open" in faults_of(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (['"b.nii.gz,b_seg.nii,Test', "c.nii.gz,c_seg.nii,Test"], "line 3: a quote opens here and is never closed"),
+        (
+            ['b.nii.gz,b_seg.nii,Test,"poor', "c.nii.gz,c_seg.nii,Test"],
+            "line 3: a quote opens here and is never closed",
+        ),
+        (['b.nii.gz,b_seg.nii,Test,"poor'], "line 3: a quote opens here and is never closed"),
+        (["b.nii.gz,b_seg.nii,Test", '"'], "line 4: a quote opens here and is never closed"),
+        (
+            ['b.nii.gz,b_seg.nii,Test,"poor', 'c.nii.gz,c_seg.nii,Test,a "note"'],
+            "line 3: a quote opens here and closes in a row below",
+        ),
+    ],
+)
+def test_rows_are_not_lost_in_a_cell_whose_quote_is_left_open(folder, rows, told):
+    """Also of a column that nothing reads, where they would be gone without a word."""
+    path = table(folder, "a.nii.gz,a_seg.nii,Train", *rows, header="HR_image,Label_image,Base,notes")
+    assert told in faults_of(path) and "close it" in faults_of(path)
+
+
+def test_a_cell_of_several_lines_and_quotes_within_cells_are_read(folder):
+    rows = [
+        'a.nii.gz,a_seg.nii,Train,"two',
+        'lines"',
+        '"b.nii.gz" ,b_seg.nii,Test,7" coil',
+        'c.nii.gz,c_seg.nii,Test,""',
+    ]
+    path = table(folder, *rows, header="HR_image,Label_image,Base,notes")
+    assert [(row.line, row.image.name) for row in read_table(path)] == [
+        (2, "a.nii.gz"),
+        (4, "b.nii.gz"),
+        (5, "c.nii.gz"),
+    ]
 
 
 def test_an_empty_label_is_a_fault_only_where_labels_are_needed(folder):

@@ -389,6 +389,7 @@ def failed(error: BaseException) -> int:
         told = (error.filename or "system", error.strerror or str(error))
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
             return failed(InputError(*told, "check the path"))
-        return failed(ResourceError(*told, "check the path and its disk"))
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        return failed(ResourceError(*told, f"check the path and its {'permissions' if denied else 'disk'}"))
     error_line(f"internal: {type(error).__name__}: {error} (please report it with the output of --debug)")
     return 1

@@ -30,8 +30,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     text = "HTML with viewer, figures and provenance, a page per result; works offline"
     p = command("report", run, text, example)
     text = (
-        "folder of results, demo, study or training run, or one result's JSON; several training runs are laid "
-        "over each other"
+        "folder of results, demo, study or training run, or one result: its JSON or an image of it; several training "
+        "runs are laid over each other"
     )
     p.add_argument("path", nargs="+", metavar="DIR|RUN|JSON", help=text)
     text = "the page (report.html in that folder; of several runs comparison.html in the first)"
@@ -51,12 +51,16 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Write the page and say where it is."""
     with loading():
-        from fastsrgan.report.page import report, runs_report
+        from fastsrgan.report.page import NotShown, report, runs_report
 
     if len(args.path) > 1:
         return _tell(runs_report(args.path, args.out, overwrite=args.overwrite), args.json)
     given = typed(args, "scores hr label mask label_classes label_names max_mb overwrite")
-    return _tell(report(args.path[0], args.out, studies=args.study, progress=progress, **given), args.json)
+    try:
+        return _tell(report(args.path[0], args.out, studies=args.study, progress=progress, **given), args.json)
+    except NotShown as error:
+        _tell(error.written, args.json)
+        raise
 
 
 def _tell(written: list[Path], as_json: bool) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastsrgan.core.files import mapping
 from fastsrgan.data.subject import PatchRule, patch_origins, positive_box
-from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.errors import InputError, UsageError, counted, some
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, describe, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
@@ -63,13 +63,9 @@ def refuse_faults(
     told = []
     for kind in dict.fromkeys(fault.kind for _, fault in found):
         names = [name + (f" ({f.detail})" if f.detail else "") for name, f in found if f.kind == kind]
-        told.append(f"{kind}: {_some(names)}")
+        told.append(f"{kind}: {some(names, SHOWN)}")
     count = f"{len(found)} faults: " if len(found) > 1 and len(told) > 1 else ""
     raise InputError(store.url, count + "; ".join(told), "; ".join(dict.fromkeys(fault.hint for _, fault in found)))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 
 def small_subjects(store: Store, rule: PatchRule) -> list[str]:
@@ -85,7 +81,7 @@ def full_subjects(store: Store, law: Degradation, axes: Axes | None) -> list[str
     pairs = {s.id: zip(_stored(coarsest, s, axes), s.spacing, strict=True) for s in store.subjects}
     names = [name for name, sizes in pairs.items() if all(low / own < 1 + SAME for low, own in sizes)]
     size = " x ".join(f"{low:g}" for low in coarsest)
-    told = f"{size} mm (-n) are their own voxels, so nothing is to be super-resolved: {_some(names)}"
+    told = f"{size} mm (-n) are their own voxels, so nothing is to be super-resolved: {some(names, SHOWN)}"
     return [f"{len(names)} of {counted(len(store.subjects), 'subject')}: {told}"] if names else []
 
 
@@ -95,7 +91,7 @@ def few_slices(store: Store, law: Degradation, axes: Axes | None) -> list[str]:
     if not found:
         return []
     names = [f"{name} ({n:.2g})" for name, n, _ in found]
-    told = f"{found[0][2]:g} mm (-n) leave fewer than {FEW} slices of a head: {_some(names)}"
+    told = f"{found[0][2]:g} mm (-n) leave fewer than {FEW} slices of a head: {some(names, SHOWN)}"
     return [f"{len(found)} of {len(store.subjects)} subjects: {told}"]
 
 
@@ -200,9 +196,8 @@ def _lost_structure(subject: Subject, structure: Sequence[int], share: float) ->
     if not (structure and counts and needed) or any(str(value) in counts for value in structure):
         return []
     held = sorted((value for value in counts if value != "0"), key=int)
-    told = ", ".join(held[:5]) + f" and {len(held) - 5} more" * (len(held) > 5)
     kind = f"tissues hold none of the structure's values {', '.join(map(str, structure))}"
-    return [_Fault(kind, f"they hold {told or 'nothing'}", "name values of the tissues with --structure")]
+    return [_Fault(kind, f"they hold {some(held) or 'nothing'}", "name values of the tissues with --structure")]
 
 
 def _finest(law: Degradation) -> list[float]:

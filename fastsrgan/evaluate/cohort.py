@@ -18,7 +18,7 @@ from typing import Any
 
 from fastsrgan.core.files import output_folder, read_json, real, walk_files
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import FastsrganError, InputError, UsageError, counted, none_done
+from fastsrgan.errors import FastsrganError, InputError, UsageError, counted, none_done, some
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import Keep, draw_errors, evaluate_files, flat, summarise
@@ -49,7 +49,6 @@ REQUIRED = ("SR_image", "HR_image")
 TRUTH = ("", "_hr", "_HR")
 LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
-NAMED = 5  # subjects that a note of a cohort names
 CHANGED, GONE = "was changed since", "is not there"  # why an input makes no baseline
 _LOW = re.compile(r"_(lr|LR)$")
 _MODALITY = re.compile(rf"_({'|'.join(SUFFIXES)})$")
@@ -171,11 +170,7 @@ def _without_result(truth: Path, results: Path, items: Sequence[Item]) -> list[s
 
 def told_left(left: Sequence[str], where: str | os.PathLike) -> list[str]:
     """A note about truths without a result, if there are any."""
-    return [f"{counted(len(left), 'image')} of {where} without a result: {_named(left)}"] if left else []
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+    return [f"{counted(len(left), 'image')} of {where} without a result: {some(left)}"] if left else []
 
 
 def told_unused(items: Sequence[Item], why: str) -> list[str]:
@@ -184,7 +179,7 @@ def told_unused(items: Sequence[Item], why: str) -> list[str]:
     if not found:
         return []
     which = f"its input {found[0][1]}" if len(found) == 1 else f"the input of {counted(len(found), 'result')}"
-    return [f"{_named([subject for subject, _ in found])}: {which} {why}, no baseline"]
+    return [f"{some([subject for subject, _ in found])}: {which} {why}, no baseline"]
 
 
 def told_shared(items: Sequence[Item]) -> list[str]:
@@ -200,7 +195,7 @@ def told_shared(items: Sequence[Item]) -> list[str]:
         if all("lr" in one.files for one in shared) and len({real(one.files["lr"]) for one in shared}) == 1:
             continue  # of one image, as with several steps
         way = "if they are of other images, name the folders of truths as those of results"
-        told.append(f"{shared[0].files['hr']} is the truth of {len(names)} results: {_named(names)}; {way}")
+        told.append(f"{shared[0].files['hr']} is the truth of {len(names)} results: {some(names)}; {way}")
     return told
 
 
@@ -308,7 +303,7 @@ def evaluate_items(
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
     if bare and not beside:
-        log.info("no label was found for the segmentation of %s: no Dice", _named(bare))
+        log.info("no label was found for the segmentation of %s: no Dice", some(bare))
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
     labels.refuse_lost(_chosen(items, choice))
@@ -393,7 +388,7 @@ def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:
         spans = map(table.span, zip(*(numbers for _, numbers in found), strict=True))
         first, *rest = kind.split("\0")
         text = first + "".join(number + part for number, part in zip(spans, rest, strict=True))
-        lines.append(f"{_named(subjects)}: {text}")
+        lines.append(f"{some(subjects)}: {text}")
     return lines
 
 

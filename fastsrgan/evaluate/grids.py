@@ -67,16 +67,14 @@ def onto_grid(
     Order 3 is the cubic spline (images), 0 the nearest voxel (labels); nothing is smoothed. Voxels whose centre lies
     outside the volume's field of view become 0. What was done is appended to ``notes``, or logged without them; where
     only a part ``scored`` (X, Y, Z) of the grid counts, what is missing there alone is told.
-    Raises InputError when the two do not overlap, and, but with ``as_placed``, for the reference's array with a header
-    that says nothing of its place: resampling would put it into the wrong one.
+    Raises InputError when the two do not overlap, and, but with ``as_placed``, as `refuse_placeless` does.
     """
     if same_grid(volume, like):
         apart = difference(volume.affine, like.affine, like.data.shape)
         if notes is not None and apart.largest > EXACT * apart.size:
             notes.append(f"{name}: grid and the reference's are {apart}: taken as one, as headers are rounded")
         return volume
-    if not as_placed:
-        refuse_placeless(volume, like, name)
+    told = [] if as_placed else list(filter(None, [refuse_placeless(volume, like, name)]))
     matrix = np.linalg.inv(volume.affine) @ like.affine
     inside = _inside(matrix, volume.data.shape, like.data.shape)
     share = float(inside.mean())
@@ -96,10 +94,11 @@ def onto_grid(
     if share < 1:
         of = "the reference" if scored is None else "the part that is scored"
         note += f"; {100 * (1 - share):.1f} % of {of} lies outside its field of view and was set to 0"
-    if notes is None:
-        log.info(note)
-    else:
-        notes.append(note)
+    for line in (note, *told):
+        if notes is None:
+            log.info(line)
+        else:
+            notes.append(line)
     return Volume(moved, like.affine, volume.warnings, volume.meta)
 
 

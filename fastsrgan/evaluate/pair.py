@@ -28,7 +28,6 @@ from fastsrgan.io import any_image, labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import RECORD
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.placement import difference, placeless, same_grid
 
 log = logging.getLogger("fastsrgan")
 
@@ -74,7 +73,8 @@ def evaluate_pair(
     ``definitions``. Where SR or baseline do not cover the reference, all figures are those of the overlap, and ``grid``
     has its share ``overlap`` of the reference's voxels. None stands for a figure that does not exist (infinite PSNR,
     SSIM of a region without a whole window, distance to an empty segmentation).
-    Raises InputError when volumes do not overlap, the reference holds 0 or one value below alone, or a mask is empty.
+    Raises InputError when volumes do not overlap, as `refuse_placeless` does, and where the reference holds 0 or one
+    value below alone or a mask is empty.
     """
     _check_labels(label, seg, baseline_seg)
     notes = [f"reference: {warning}" for warning in hr.warnings]
@@ -90,7 +90,6 @@ def evaluate_pair(
         on["baseline segmentation"] = reader_label_map(Volume(on["label"], hr.affine), lr, made, part).data
         notes += _surprises(made) if baseline is not lr else []
         what["segmentation"] = READER
-    _note_lost_header(sr, hr, notes)
     hr, ends = _above_zero(hr, on, notes)
     grid: dict[str, Any] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
     if part is not None:
@@ -151,13 +150,6 @@ def _on_reference(
         if name == "baseline":  # from here on it is known what is scored
             part, box = _overlap(hr, {"SR": given["SR"], "baseline": volume}, notes)
     return on, part, box
-
-
-def _note_lost_header(sr: Volume, hr: Volume, notes: list[str]) -> None:
-    lost = placeless(hr.affine, hr.meta.get("orientation", "")) and hr.data.shape == sr.data.shape
-    if lost and not same_grid(sr, hr):
-        apart = difference(sr.affine, hr.affine, hr.data.shape)
-        notes.append(f"reference: has the SR's array and no place of its own, they are {apart}: was its header lost?")
 
 
 def _above_zero(hr: Volume, on: dict[str, np.ndarray], notes: list[str]) -> tuple[Volume, tuple[float, float]]:

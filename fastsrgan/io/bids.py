@@ -15,7 +15,7 @@ from typing import Any
 
 from fastsrgan.core.files import mapping, read_json
 from fastsrgan.core.places import recorded
-from fastsrgan.errors import InputError, counted
+from fastsrgan.errors import InputError, counted, some
 from fastsrgan.io import nifti as images
 from fastsrgan.io.nifti_voxels import no_such_file
 
@@ -132,17 +132,17 @@ def find_bids(
         subject = path.relative_to(root).parts[0].removeprefix("sub-")
         if images.is_image(path) and not path.name.startswith(".") and (not wanted or subject in wanted):
             left.append((path, f"in {path.parent.relative_to(root)}"))
-    some = ", ".join(f"{path.name} ({why})" for path, why in left[:NAMED]) + ", ..." * (len(left) > NAMED)
+    passed = some([f"{path.name} ({why})" for path, why in left], NAMED)
     if not found:
         limits = [f"participants {', '.join(sorted(wanted))}"] * bool(wanted)
         limits += [f"sessions {', '.join(sorted(visits))}"] * bool(visits)
         limits += [f"desc {desc}"] * bool(desc)
         where = f" of {' and '.join(limits)}" if limits else ""
-        others = f"; {counted(len(left), 'is', 'are')} not taken: {some}" if left else ""
+        others = f"; {counted(len(left), 'is', 'are')} not taken: {passed}" if left else ""
         reason = f"no {' or '.join(suffixes)} image{where}{others}"
         raise InputError(root, reason, "they lie in sub-XX/anat or sub-XX/ses-YY/anat")
     if left and desc is None:
-        log.info("%s: %s not taken: %s", root, counted(len(left), "image is", "images are"), some)
+        log.info("%s: %s not taken: %s", root, counted(len(left), "image is", "images are"), passed)
     return sorted(found, key=lambda image: str(image.path))
 
 
@@ -151,8 +151,9 @@ def _labels(root: Path, what: str, front: str, asked: Sequence[str], places: str
     wanted = {label.removeprefix(front) for label in asked}
     there = {path.name.removeprefix(front) for path in root.glob(places) if path.is_dir()}
     if wanted - there:
-        some = ", ".join(sorted(there)[:10]) + ", ..." * (len(there) > 10)
-        raise InputError(root, f"no {what} {', '.join(sorted(wanted - there))}", f"there are {some or 'none'}")
+        raise InputError(
+            root, f"no {what} {', '.join(sorted(wanted - there))}", f"there are {some(sorted(there), 10) or 'none'}"
+        )
     return wanted
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsrgan.core.files import is_special, walk_files
-from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.errors import InputError, UsageError, counted, some
 from fastsrgan.io import formats
 from fastsrgan.io.dicom_header import (
     NO_DICOM,
@@ -69,7 +69,7 @@ class Series:
         first = self.frames[0]
         folder = os.path.relpath(first.path.parent, root)
         facts = [f"in {folder}"] * (folder != ".") + [f"patient {first.patient}"] * bool(first.patient)
-        facts += [f"of {first.date}"] * bool(first.date) + [f"UID {self.uid}"]
+        facts += [f"of {first.date}"] * bool(first.date) + [f"UID {self.uid or 'none'}"]
         return f"{self} {', '.join(facts)}"
 
 
@@ -164,9 +164,9 @@ def _refuse_other_images(path: Path, names: Sequence[Path]) -> None:
 def tell_others(folder: str | os.PathLike, others: Sequence[Path]) -> None:
     """Name the files of a folder that are no DICOM images: once, by who reads the voxels."""
     if others:
-        some = ", ".join(str(name.relative_to(folder)) for name in others[:NAMED]) + ", ..." * (len(others) > NAMED)
+        names = [str(name.relative_to(folder)) for name in others]
         what = counted(len(others), "file is no DICOM image", "files are no DICOM images")
-        log.info("%s: %s and left out: %s", folder, what, some)
+        log.info("%s: %s and left out: %s", folder, what, some(names, NAMED))
 
 
 def _size(path: Path) -> int:
@@ -209,8 +209,8 @@ def select(path: str | os.PathLike, series: str | None = None) -> Series:
     hint = "choose one with --series NUMBER" if told_apart else "choose one with --series UID"
     folders = {os.path.relpath(s.frames[0].path.parent, path) for s in chosen}
     if not told_apart and len(folders) == len(chosen) and "." not in folders:
-        some = " ".join(os.path.join(path, folder) for folder in sorted(folders)[:NAMED])
-        hint += f", or name the sub-folders, each for a result of its own: {some}"
+        named = " ".join(os.path.join(path, folder) for folder in sorted(folders)[:NAMED])
+        hint += f", or name the sub-folders, each for a result of its own: {named}"
     raise UsageError(path, what, hint)
 
 
@@ -225,14 +225,19 @@ def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str 
     named the series: then it is a warning."""
     lost = [*chosen.damaged, *(b for b in look.damaged if series is None and not b.uid)]
     if lost:
-        files = ", ".join(f"{b.what} {b.reason}" for b in lost[:NAMED])
-        files += f", and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        files = some([f"{b.what} {b.reason}" for b in lost], NAMED)
         hint = "; ".join(dict.fromkeys(b.hint for b in lost[:NAMED])) + "; or move it out of the folder"
         if series is None and not chosen.damaged:
             hint += f"; --series {chosen.number or chosen.uid} leaves out what does not say of which series it is"
         raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)
     whose = {True: "of another series", False: "it does not say of which series it is"}
     told = [f"{b.what} {b.reason}: left out, {whose[bool(b.uid)]}" for b in look.damaged]
+    loose = [s for s in look.series if s is not chosen and s.uid in ("", chosen.uid) and not (s.uid and s.number)]
+    if stray := list(dict.fromkeys(str(f.path) for s in loose for f in s.frames)):
+        words = counted(
+            len(stray), "file does not say of which series it is", "files do not say of which series they are"
+        )
+        told.append(f"{words}, left out: {some(stray, NAMED)}")
     left = [(s, s.frames[0]) for s in look.unusable if s is not chosen]
     told += [f"series {s} is left out, its {first.path.name} {first.fault}" for s, first in left]
     return replace(chosen, damaged=(), others=tuple(look.others), warnings=(*chosen.warnings, *told))
@@ -254,9 +259,8 @@ def _grouped(frames: Sequence[Frame], damaged: Sequence[DamagedFile]) -> list[Se
         told: tuple[str, ...] = ()
         if copies:
             files = list(dict.fromkeys(str(f.path) for f in copies))
-            some = ", ".join(files[:NAMED]) + ", ..." * (len(files) > NAMED)
             what = counted(len(copies), "image is a copy", "images are copies")
-            told = (f"{what} of others in the series and left out: {some}",)
+            told = (f"{what} of others in the series and left out: {some(files, NAMED)}",)
         # Damage of a file whose number is lost counts for every series of its UID.
         lost = tuple(d for d in damaged if d.uid and d.uid == uid)
         found.append(Series(uid, number, kept[0].description, tuple(kept), lost, told))

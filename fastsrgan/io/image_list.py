@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import read_json, real, walk_files
-from fastsrgan.errors import FastsrganError, UsageError, counted, one_line
+from fastsrgan.errors import FastsrganError, UsageError, counted, one_line, some
 from fastsrgan.io import any_image, bids, dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
@@ -69,10 +69,8 @@ def find_images(
             clashes.append((image.path, other))
     if clashes:
         path, other = clashes[0]
-        some = ", ".join(one_line(str(path)) for path, _ in clashes[1 : 1 + NAMED]) + ", ..." * (
-            len(clashes) > 1 + NAMED
-        )
-        more = f", and so would {len(clashes) - 1} more: {some}" if clashes[1:] else ""
+        others = some([one_line(str(path)) for path, _ in clashes[1:]], NAMED)
+        more = f", and so would {len(clashes) - 1} more: {others}" if others else ""
         hint = "outputs are named after the image: use one output folder for each, or name the folder that holds both"
         if path.parent == other.parent:
             hint = "their names differ in the ending alone: name the one that you mean, or rename one"
@@ -112,11 +110,10 @@ def _inside(folder: Path, out: Path) -> list[Image]:
     derived = {place for place in places if any(map(bids.is_own, [place, *place.absolute().parents][:4]))}
     found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results and p.parent not in derived]
     if found:
-        some = ", ".join(str(i.path.relative_to(folder)) for i in found[:NAMED])
+        taken = some([str(i.path.relative_to(folder)) for i in found], NAMED)
         old = len(paths) - len(found)
-        more = ", ..." * (len(found) > NAMED)
-        more += f" ({counted(old, 'result')} of an earlier call left out)" if old else ""
-        log.info("%s: %s: %s%s", folder, counted(len(found), "image"), some, more)
+        more = f" ({counted(old, 'result')} of an earlier call left out)" if old else ""
+        log.info("%s: %s: %s%s", folder, counted(len(found), "image"), taken, more)
         _tell_of_others(folder, [p for p in others if below == here or below not in real(p).parents], again)
     if paths and not found and not any(map(dicom.is_dicom, others)):  # results beside the slices they were made of
         raise UsageError(folder, "holds results only", "name the folder of the images")
@@ -151,8 +148,8 @@ def _tell_of_others(folder: Path, others: list[Path], again: list[Path]) -> None
     once = ("folder was met under another name, taken once", "folders were met under other names, taken once")
     for paths, tell, words in ((dead, log.warning, leads), (plain, log.info, left), (again, log.info, once)):
         if paths:
-            some = ", ".join(str(path.relative_to(folder)) for path in paths[:NAMED]) + ", ..." * (len(paths) > NAMED)
-            tell("%s: %s: %s", folder, counted(len(paths), *words), some)
+            told = some([str(path.relative_to(folder)) for path in paths], NAMED)
+            tell("%s: %s: %s", folder, counted(len(paths), *words), told)
 
 
 def _parts(path: Path) -> tuple[Path, ...]:

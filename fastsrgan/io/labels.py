@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsrgan.core.files import is_special
-from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.errors import InputError, UsageError, counted, some
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import sidecars
 from fastsrgan.io.nifti_voxels import unreadable
@@ -206,7 +206,7 @@ def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
 
 def _shown(values: Sequence[int]) -> str:
     inside = [value for value in values if value]
-    return ", ".join(map(str, inside[:SHOWN])) + f" and {len(inside) - SHOWN} more" * (len(inside) > SHOWN)
+    return some([str(value) for value in inside], SHOWN)
 
 
 def refuse_lost(maps: Iterable[tuple[Path, Sequence[Structure], Collection[int] | None]]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from fastsrgan.core.files import atomic_write, is_special, url_of
 from fastsrgan.core.places import recorded
-from fastsrgan.errors import FastsrganError, InputError, counted
+from fastsrgan.errors import FastsrganError, InputError, counted, some
 from fastsrgan.io.formats import SUFFIXES
 from fastsrgan.io.nifti_voxels import pointer_of, unreadable
 
@@ -41,6 +41,7 @@ DELIMITERS = (",", ";", "\t")
 _ENDINGS = "|".join(map(re.escape, SUFFIXES))
 _SUFFIX = re.compile(rf"({_ENDINGS})$", re.IGNORECASE)
 _FIRST_CELL = re.compile(rf"(?:{_ENDINGS})\"?\s*([,;\t])", re.IGNORECASE)
+_SWALLOWED = re.compile(rf"[\r\n].*(?:{_ENDINGS})", re.IGNORECASE | re.DOTALL)
 _RESERVED = {"zarr.json", "manifest.json", "c"}  # names with a meaning at the root of a Zarr store
 _MAX_ID = 100
 _NOTHING = frozenset(("n/a", "na", "nan", "<na>", "null"))  # as BIDS, R, pandas and others write an empty cell
@@ -51,8 +52,6 @@ _MAX_BYTES = 1 << 26
 _MAX_TOLD = 50  # faults in one message
 _MAX_FAULT, _MAX_CELL = 600, 200  # characters of a fault, of a cell in it
 _MAX_COLUMNS, _MAX_NAMED, _MAX_COLUMN = 200, 12, 40  # columns that are looked at, that are named, characters of one
-
-
 # A number of a message that is no part of a name or a path.
 NUMBER = re.compile(r"(?<![\w./-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/]|\.\w)")
 
@@ -168,18 +167,18 @@ def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int,
     rows = records[titled:]
     empty = [str(line) for line, cells in rows if column >= len(cells) or not cells[column]]
     if empty:
-        log.warning("%s: %s: %s", path, counted(len(empty), "line names no image", "lines name no image"), some(empty))
+        log.warning(
+            "%s: %s: %s",
+            path,
+            counted(len(empty), "line names no image", "lines name no image"),
+            some(empty, _MAX_NAMED),
+        )
     more = {k for _, cells in rows for k, cell in enumerate(cells) if k != column and _SUFFIX.search(cell)}
     if more:
         header = records[0][1] if titled else []
         names = [header[k] if k < len(header) and header[k] else str(k + 1) for k in (column, *sorted(more))]
-        others = some(names[1:])
+        others = some(names[1:], _MAX_NAMED)
         log.warning("%s: the images of column %s are taken, those of %s are not", path, names[0], others)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names, for a message, and whether there are more."""
-    return ", ".join(names[:_MAX_NAMED]) + ", ..." * (len(names) > _MAX_NAMED)
 
 
 def _image_column(path: Path, table: list[list[str]], base_path: str | None) -> int:
@@ -264,7 +263,7 @@ def _in_words(groups: Sequence[Sequence[Fault]], hints: bool = True) -> str:
             others = f" and {counted(len(names) - 1, 'other')}" if len(names) > 1 else ""
             text = f"{fault.what}{others}: {reason}" + f" ({fault.hint})" * hints
         number = f"{len(lines)} lines, " if len(lines) > _MAX_NAMED else "lines " if len(lines) > 1 else "line "
-        told.append(f"{number}{some(lines)}: {' '.join(text.split())[:_MAX_FAULT]}")
+        told.append(f"{number}{some(lines, _MAX_NAMED)}: {' '.join(text.split())[:_MAX_FAULT]}")
     more = sum(map(len, groups[_MAX_TOLD:]))
     return "; ".join(told) + f"; and {more} more" * bool(more)
 
@@ -352,8 +351,7 @@ def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[
     text, first = "".join(lines[above:]), lines[above].strip("\r\n") if above < len(lines) else ""
     delimiter = delimiter if delimiter and delimiter in first else delimiter_of(first)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    records = []
-    line = above + 1
+    records, last, line = [], above + 1, above + 1
     try:
         for cells in reader:
             cells = ["" if cell.strip().casefold() in _NOTHING else cell.strip() for cell in cells]
@@ -361,10 +359,26 @@ def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[
                 cells.pop()
             if cells:
                 records.append((line, cells))
-            line = reader.line_num + above + 1
+            last, line = line, reader.line_num + above + 1
     except csv.Error as error:
         raise table_error(path, [(line, f"cannot be read as fields: {error}")], "is a quote left open?") from error
+    if fault := _open_quote(records, last, io.StringIO(text, newline="").readlines()[last - above - 1 :], delimiter):
+        raise table_error(path, [fault], "close it; a quote inside a cell is doubled")
     return records
+
+
+def _open_quote(
+    records: Sequence[tuple[int, list[str]]], last: int, end: Sequence[str], delimiter: str
+) -> Fault | None:
+    """A quote that is never closed, in the row of line ``last`` with the text ``end``, or only in a row below: what
+    lies between became one cell. A cell of several lines without an image in them is what its writer meant."""
+    try:
+        list(csv.reader(end, delimiter=delimiter, skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            return last, "a quote opens here and is never closed"
+    rows = (line for line, cells in records if any(map(_SWALLOWED.search, cells)))
+    return next(((line, "a quote opens here and closes in a row below") for line in rows), None)
 
 
 def delimiter_for(columns: Iterable[str]) -> Callable[[str], str]:
@@ -406,7 +420,7 @@ def tell_unread(path: Path, header: Sequence[str], known: Sequence[str]) -> None
     """Name the columns of a table that nothing reads."""
     others = [cell[:_MAX_COLUMN] for cell in header if cell and cell not in known]
     if others:
-        log.info("%s: columns that are not read: %s", path, some(others))
+        log.info("%s: columns that are not read: %s", path, some(others, _MAX_NAMED))
 
 
 def too_many(cells: Sequence[str], header: Sequence[str]) -> str:
@@ -424,8 +438,7 @@ def instead(name: str, header: list[str], known: Collection[str] = COLUMNS) -> s
     near = difflib.get_close_matches(name.lower(), others, 1)
     if near:
         return f"rename {next(cell for cell in cells if cell.lower() == near[0])}?"
-    more = f" and {len(header) - _MAX_NAMED} more" if len(header) > _MAX_NAMED else ""
-    return "found " + ", ".join(cell or "(empty)" for cell in cells[:_MAX_NAMED]) + more
+    return "found " + some([cell[:_MAX_COLUMN] or "(empty)" for cell in header], _MAX_NAMED)
 
 
 def _row(

@@ -127,13 +127,16 @@ def _damage(snapshot: Path) -> list[str]:
 
 
 def refusals(check: Callable[..., object], calls: Iterable[tuple]) -> list[str]:
-    """What ModelErrors say of calls of a check with these arguments."""
+    """What ModelErrors say of calls of a check with these arguments, and which files may not be read."""
     told = []
     for call in calls:
         try:
             check(*call)
         except ModelError as error:
             told.append(str(error))
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror or error}"
+            told.append(str(ModelError(error.filename or call[0], reason, "check the path and its permissions")))
     return told
 
 

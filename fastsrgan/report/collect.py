@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import is_special, mapping, read_json, real, walk_files
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, some
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.bids import RECORD, parse
@@ -41,6 +41,7 @@ class Result:
     its scores.
 
     probable : whether ``seg`` is stored as a probability, as by the original
+    unseen : what could not be shown, by kind of image, and why; of the last `viewer.load_images`
     """
 
     stem: str
@@ -49,6 +50,12 @@ class Result:
     scores: dict[str, Any] | None = None
     folder: Path = field(default_factory=Path)
     probable: bool = False
+    unseen: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def lost(self) -> bool:
+        """Whether an image that the record names as made is among them."""
+        return any(isinstance(self.record["outputs"].get(kind), str) for kind, _ in self.unseen)
 
 
 @dataclass
@@ -66,7 +73,8 @@ class Found:
 def find(
     path: str | os.PathLike, scores: str | os.PathLike | None = None, studies: Sequence[str | os.PathLike] = ()
 ) -> Found:
-    """Look into a folder of results, a demo, a training run, or at one result's JSON.
+    """Look into a folder of results, a demo, a training run, or at one result's JSON, which one of its images stands
+    for too.
 
     ``scores`` is the file that ``evaluate --json`` wrote; without it, the folder's own are taken. ``studies`` are JSON
     files of ``study`` beside those of the folder.
@@ -76,6 +84,8 @@ def find(
     path = Path(path)
     if not path.exists():
         raise InputError(path, "no such file or folder", "a folder of results, a run, or one result's .json")
+    if images.is_image(path) and not path.is_dir():
+        path = _record_of(path)
     folder = path if path.is_dir() else path.parent
     found = Found(folder, real(path).name if path.is_dir() else path.stem)
     names = [path] if path.is_file() else _json_files(folder)
@@ -111,6 +121,20 @@ def find(
     return found
 
 
+def _record_of(image: Path) -> Path:
+    """The record beside an image of a result. Raises InputError where none names it."""
+    stem = images.stem(image)
+    own = [image.with_name(f"{name}.json") for name in (stem.rpartition("_")[0], stem)]
+    for path in [*own, *sorted(image.parent.glob("*.json"))]:
+        document = read_json(path)
+        made = mapping(document.get("outputs")) if is_record(document) or is_original(document) else {}
+        of_sidecar = path == own[1] and is_record(mapping(document.get(RECORD)))
+        if of_sidecar or image.name in {Path(str(name)).name for name in made.values()}:
+            return path
+    reason = "is an image, and no record beside it names it"
+    raise InputError(image, reason, "the folder or the STEM.json that `fastsrgan infer` or `job-model` wrote")
+
+
 def _json_files(folder: Path) -> list[Path]:
     """JSON files of a folder and, where it is no run or demo, of all below it but stores."""
     own = [p for p in sorted(folder.glob("*.json")) if p.exists()]
@@ -142,8 +166,7 @@ def _of_damage(damaged: Sequence[Path], path: Path) -> str:
         return ""
     if path in damaged:
         return ": it is damaged or no JSON object"
-    more = ", ..." if len(damaged) > NAMED else ""
-    return f"; damaged or no JSON object: {', '.join(p.name for p in damaged[:NAMED])}{more}"
+    return f"; damaged or no JSON object: {some([p.name for p in damaged], NAMED)}"
 
 
 def is_record(document: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 from fastsrgan._version import __version__
 from fastsrgan.core.files import atomic_write, finite, short_names
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.errors import InputError, PartialFailure, UsageError, alike, counted, some, some_of
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import inside_mask, onto_grid
 from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
@@ -49,6 +49,15 @@ INSIDE = "The network saw the scan inside the mask alone; what is made of the sc
 WORDS_BYTES = 2_000  # by which a page's words may grow when a part of the volumes is shown
 
 
+class NotShown(PartialFailure):
+    """Images of results could not be shown; ``written`` is what `report` would have returned."""
+
+    def __init__(self, written: list[Path], lost: Sequence[str], of: int) -> None:
+        reason = f"{some_of(len(lost), of, 'result', 'is', 'are')} not shown whole: {some(lost)}"
+        super().__init__(written[0], reason, "see the warnings; the pages hold the rest")
+        self.written = written
+
+
 def report(
     path: str | os.PathLike,
     out: str | os.PathLike | None = None,
@@ -68,7 +77,7 @@ def report(
 
     Parameters
     ----------
-    path : a folder that ``infer``, ``demo`` or ``train`` wrote, or one ``STEM.json`` of it
+    path : a folder that ``infer``, ``demo`` or ``train`` wrote, or one ``STEM.json`` or image of a result in it
     out : the page, default ``report.html`` in that folder; for several results it is the cohort's table and every
         result gets ``STEM_report.html`` beside it
     scores : JSON of ``evaluate`` (a pair's or a table's); without it the folder's own
@@ -80,7 +89,8 @@ def report(
     overwrite : replace pages that are there; what is no page is kept
 
     Returns the files, the first one to open. Raises InputError, UsageError or ResourceError, before anything is written
-    where a page exists, there is nothing to report, or another process writes pages of several results there.
+    where a page exists, there is nothing to report, or another process writes pages of several results there; and
+    NotShown, when all is written, where an image that a record names is gone or cannot be read.
     """
     if not 0 < max_mb <= MOST_ALLOWED_MB:
         raise UsageError("--max-mb", f"{max_mb:g} is not allowed", f"a size in MB above 0, at most {MOST_ALLOWED_MB:g}")
@@ -124,7 +134,12 @@ def report(
             _write(target, cohort_page(found, rows))
             progress.advance(1)
     progress.finish()
-    return [target, *(target.parent / name for name in names)]
+    for line in alike({result.stem: [text for _, text in result.unseen] for result in found.results}):
+        log.warning("%s", line)
+    written = [target, *(target.parent / name for name in names)]
+    if lost := [result.stem for result in found.results if result.lost]:
+        raise NotShown(written, lost, len(found.results))
+    return written
 
 
 def runs_report(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.core.files import mapping
-from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.errors import FastsrganError
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
@@ -81,19 +81,25 @@ def open_at(sr: Volume, others: Mapping[str, Volume]) -> View:
 def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dict[str, Volume]]:
     """The super-resolved image and, as far as they are there, low, truth, seg, label, doubt and mask.
 
-    What is missing, unreadable or no longer the same is said in ``warnings``.
+    What is missing, unreadable or no longer the same is said in ``warnings`` and kept as ``result.unseen``.
     """
     series, which = (result.record["input"].get(key) for key in ("series", "volume"))
     series, which = series if isinstance(series, str) else None, which if isinstance(which, int) else None
+
+    result.unseen = []
+
+    def tell(kind: str, text: str) -> None:
+        warnings.append(text)
+        result.unseen.append((kind, text))
 
     def read(kind: str, name: str) -> Volume | None:
         path = result.files.get(kind)
         if path is None:
             if kind in ("sr", "seg", "input") or isinstance(result.record["outputs"].get(kind), str):
-                warnings.append(f"{name} is no longer there and is not shown")
+                tell(kind, f"{name} is no longer there and is not shown")
             return None
         if kind == "input" and not _unchanged(path, series, result.record["input"].get("sha256")):
-            warnings.append(f"{name} {path} is not the file that the result was made of, and is not shown")
+            tell(kind, f"{name} {path} is not the file that the result was made of, and is not shown")
             return None
         try:
             if kind == "input":
@@ -101,7 +107,8 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
             if kind == "mask":
                 volume = images.load_label(path, largest=65535)
                 if len(set(volume.meta["values"]) - {0}) > MOST_VALUES:
-                    raise InputError(path, f"holds more than {MOST_VALUES} values", "a mask image that infer wrote")
+                    tell("colours", f"{name} is not shown: {path} holds more than {MOST_VALUES} values")  # is whole
+                    return None
                 return volume
             if kind == "label":
                 return images.load_label(path, classes=_scored_values(result.scores))
@@ -110,10 +117,10 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
                 return replace(volume, data=(volume.data > PROBABLE).astype(np.uint8))
             return images.load_label(path) if kind == "seg" else images.load(path)
         except NotNifti:  # what such a file begins with is nothing for a page that is passed on
-            warnings.append(f"{name} is not shown: {path} is not a NIfTI image")
+            tell(kind, f"{name} is not shown: {path} is not a NIfTI image")
             return None
         except FastsrganError as error:
-            warnings.append(f"{name} is not shown: {error}")
+            tell(kind, f"{name} is not shown: {error}")
             return None
 
     sr = read("sr", "the super-resolved image")

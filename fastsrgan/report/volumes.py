@@ -228,7 +228,7 @@ def _onto(volume: Volume, sr: Volume, cut: Volume, box: tuple[slice, slice, slic
     if same_grid(volume, sr):
         return _upright(Volume(volume.data, sr.affine)).data[box]
     notes: list[str] = []  # how it was resampled is said once, for all of them
-    # A truth without a place of its own lies where its header has it, as in the scores, whose note says so.
+    # A truth without a place of its own, of earlier scores, lies where its header has it.
     return onto_grid(volume, cut, order=0 if name in NEAREST else 3, name=name, notes=notes, as_placed=True).data
 
 

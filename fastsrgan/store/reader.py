@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError
 from fastsrgan.store.codec import (
     CHUNK,
     META,
@@ -183,10 +183,11 @@ class Store:
         return self._as_listed(subject_id, part)
 
     def verify(self, progress: Progress = QUIET) -> list[str]:
-        """Compare every byte with the manifest: one line for each thing that is lost or damaged, none when whole."""
-        found = []
-        if self._root and fingerprint(self._keys.get("zarr.json") or b"") != self._root:
-            found.append("zarr.json: missing or damaged")
+        """Compare every byte with the manifest: one line for each thing that is lost, damaged or, in a folder, may not
+        be read, none when whole."""
+        data, found = self._readable([META]) if self._root else ([], [])
+        if data and fingerprint(data[0] or b"") != self._root:
+            found.append(f"{META}: missing or damaged")
         progress.start("verify", len(self._subjects), "subject")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
             pending = [pool.submit(self._verified, s) for s in self.subjects]
@@ -266,13 +267,30 @@ class Store:
 
     def _verified(self, s: Subject) -> list[str]:
         """What is wrong with a subject's files."""
-        wrong = _fault(s, META, self._keys.get(f"{s.id}/{META}"))
-        found = [f"{s.id}/{META}: {wrong}"] if wrong else []
+        data, found = self._readable([f"{s.id}/{META}"])
+        if data and (wrong := _fault(s, META, data[0])):
+            found.append(f"{s.id}/{META}: {wrong}")
         for name in s.arrays:
-            meta, shard = self._files(s, [name])
-            wrong_files = self._faults(s, name, meta, shard)
-            found += wrong_files or _schema_fault(s, name, meta or b"")
+            data, refused = self._readable([f"{s.id}/{name}/{end}" for end in (META, SHARD)])
+            found += refused
+            if data:
+                found += self._faults(s, name, *data) or _schema_fault(s, name, data[0] or b"")
         return found
+
+    def _readable(self, keys: list[str]) -> tuple[list[bytes | None], list[str]]:
+        """What lies under some keys; of a folder that keeps one of them from us nothing, and a line for each such."""
+        try:
+            return self._keys.get_all(keys), []
+        except ResourceError:
+            if self._keys.root is None:  # all of a storage that does not answer is asked once
+                raise
+        refused = []
+        for key in keys:
+            try:
+                self._keys.get(key)
+            except ResourceError as error:
+                refused.append(f"{key}: {error.reason}")
+        return [], refused
 
     def _files(self, s: Subject, names: list[str]) -> list[bytes | None]:
         """META and SHARD of each array, in one go."""

@@ -25,7 +25,17 @@ from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io.labels import Structure
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.study.data import BASELINE, OWN, Case, Condition, Head, acquire, figure_paths, structure_paths
+from fastsrgan.study.data import (
+    BASELINE,
+    OWN,
+    Case,
+    Condition,
+    Head,
+    acquire,
+    figure_paths,
+    odd_slices,
+    structure_paths,
+)
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
@@ -124,6 +134,7 @@ def _of_head(
     folder: Path, head: Head, conditions: Sequence[Condition], jobs: Sequence[Job], engine: Engine, progress: Progress
 ) -> list[dict[str, Any]]:
     cells, volumes = [], None
+    odd: Mapping[Condition, list[str]] = {}
     for condition in conditions:
         case: Case | None = None
         for model, step in jobs:
@@ -131,11 +142,14 @@ def _of_head(
             cell = _read(path)
             if cell is None:
                 if case is None:
-                    volumes = volumes or head.load()
+                    if volumes is None:
+                        volumes = head.load()
+                        odd = odd_slices(volumes["hr"], conditions)
                     case = acquire(volumes, condition, (engine.seed, head.key))
                 with quiet():
                     known = head.structures if case.structures else ()
                     measured = _through(case, model, step, engine, known) if model else _interpolation(case)
+                measured["notes"] = [*odd[condition], *measured["notes"]]
                 cell = {"facts": facts} | finite(measured)
                 write_json(path, cell)
                 progress.advance(1, subject=head.name)

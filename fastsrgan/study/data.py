@@ -16,10 +16,11 @@ import numpy as np
 
 from fastsrgan.core.files import url_of
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.data.settings_check import data_warnings
+from fastsrgan.data.settings_check import FEW, data_warnings
+from fastsrgan.data.subject import positive_box
 from fastsrgan.demo import template
 from fastsrgan.demo.template import whole_slices
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, times
 from fastsrgan.evaluate.figures import columns
 from fastsrgan.evaluate.grids import reader_label_map
 from fastsrgan.io import any_image, labels
@@ -31,6 +32,7 @@ from fastsrgan.store.files import MANIFEST
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
 from fastsrgan.volume.intensity import lifted
+from fastsrgan.volume.resample import SAME
 
 QUICK_BOX = (slice(54, 142), slice(64, 168), slice(60, 132))  # of the template: 88 x 104 x 72 mm of cortex
 QUICK_SUBJECTS = 2
@@ -183,6 +185,25 @@ def quick_heads(folder: Path, seed: int, progress: Progress = QUIET) -> list[Hea
         made: dict[str, Any] = {"n_train": 1, "n_test": QUICK_SUBJECTS, "seed": seed, "crop": False, "sd_voxels": 2.5}
         template.make_cohort(folder, **made, template=cut, overwrite=True, progress=progress)  # type: ignore[arg-type]
     return find_heads(csv)
+
+
+def odd_slices(hr: Volume, conditions: Sequence[Condition]) -> dict[Condition, list[str]]:
+    """What is odd about the slices of each condition through a head, which is the box of what is above 0.
+
+    Raises InputError, of whichever condition, where one slice is as thick as the head.
+    """
+    box = positive_box(lifted(hr.data))
+    extent = [(stop - start) * own for (start, stop), own in zip(box, hr.spacing, strict=True)]
+    told: dict[Condition, list[str]] = {}
+    for one in conditions:
+        few, thick_mm, there = min((mm / low, low, mm) for mm, low in zip(extent, one.low_res, strict=True))
+        if few < 1:
+            reason = f"the head is {there:.3g} mm there, less than one of them"
+            raise InputError(f"slices of {thick_mm:g} mm", reason, "smaller --ratios or --low-res")
+        told[one] = [f"slices of {thick_mm:g} mm: {few:.2g} of them lie in the head"] if few < FEW else []
+        if all(low / own < 1 + SAME for low, own in zip(one.low_res, hr.spacing, strict=True)):
+            told[one].append(f"{times(one.low_res)} mm are the head's own voxels: nothing is to be super-resolved")
+    return told
 
 
 def acquire(volumes: dict[str, Volume], condition: Condition, key: Sequence[int | str]) -> Case:

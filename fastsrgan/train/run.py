@@ -29,7 +29,7 @@ from fastsrgan.data.feed import Feed, resident_limit
 from fastsrgan.data.settings_check import data_warnings, odd_sizes, refuse_faults, structures
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
-from fastsrgan.errors import InputError, ModelError, UsageError, alike, out_of_memory, some_of
+from fastsrgan.errors import InputError, ModelError, UsageError, alike, out_of_memory, some, some_of
 from fastsrgan.io import output_place
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
@@ -351,10 +351,9 @@ def slice_axes(store: Store, config: TrainConfig) -> Axes | None:
         return None
     axes, others = choose_axes({s.id: s.affine for s in store.subjects}, config.slice_axis)
     if others:
-        some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         stored = some_of(len(others), len(store.subjects), "subject", "is stored", "are stored")
         told = "the low resolution is %s; %s in another axis order and turned alike (%s)"
-        log.warning(told, describe(axes, config.new_low_res), stored, some)
+        log.warning(told, describe(axes, config.new_low_res), stored, some(others, 3))
     return axes
 
 

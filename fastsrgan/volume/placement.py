@@ -20,6 +20,7 @@ from fastsrgan.volume.geometry import Orientation, Volume, spacing_of, world_ori
 SHIFT_TOLERANCE = 0.03  # voxels that even the nearest place of two grids may be apart
 TURN_TOLERANCE = 2e-3  # of a voxel per voxel (radians): between the axes
 LARGEST_TOLERANCE = 0.5  # voxels at the farthest place: from there on another voxel would be the nearest
+SLIGHT = 0.1  # of an array's shortest extent: what is less apart, as by thick slices, is no header that was lost
 EXACT = 0.01  # voxels; grids that are taken for one and lie further apart are told
 REORIENTED = "axes are stored in another order than the image's: reoriented onto it"
 NO_PLACE = ("pixdim", "none")  # ``meta["orientation"]`` of files that do not say where they lie
@@ -150,10 +151,23 @@ def placeless(affine_44: np.ndarray, orientation: str = "") -> bool:
     return any(np.allclose(affine, eye, atol=1e-6) for eye in plain)
 
 
-def refuse_placeless(volume: Volume, like: Volume, name: str) -> None:
-    """Raise InputError for a volume on another grid that has the array of ``like`` and no place of its own."""
-    one_array = tuple(volume.data.shape) == tuple(like.data.shape)
-    if one_array and not same_grid(volume, like) and placeless(volume.affine, volume.meta.get("orientation", "")):
-        apart = difference(volume.affine, like.affine, like.data.shape)
-        reason = f"the {name} has the reference's array and no place of its own; as they stand they are {apart}"
-        raise InputError(volume.meta.get("path", name), reason, copy_header(name))
+def refuse_placeless(volume: Volume, like: Volume, name: str) -> str:
+    """Raise InputError where a volume on another grid has the array of ``like``, the reference, and one of the two no
+    place of its own: resampling would put it into the wrong one.
+
+    Returns a note where the grids are less than ``SLIGHT`` apart, as those of a truth that begins at 0 and of the
+    result of a scan whose first thick slice has its middle there: both headers may be right.
+    """
+    if tuple(volume.data.shape) != tuple(like.data.shape) or same_grid(volume, like):
+        return ""
+    apart = difference(volume.affine, like.affine, like.data.shape)
+    slight = apart.largest < SLIGHT * min(n * mm for n, mm in zip(like.data.shape, like.spacing, strict=True))
+    for lost, kind, other in ((volume, name, "reference"), (like, "reference", name)):
+        if placeless(lost.affine, lost.meta.get("orientation", "")):
+            if slight:
+                return (
+                    f"{kind}: has the {other}'s array and no place of its own, they are {apart}: was its header lost?"
+                )
+            reason = f"the {kind} has the {other}'s array and no place of its own; as they stand they are {apart}"
+            raise InputError(lost.meta.get("path", kind), reason, copy_header(kind, other))
+    return ""
