@@ -69,7 +69,7 @@ def tried(*calls: Case) -> None:
         try:
             call()
         except FastsrganError as error:
-            if "\n" in str(error) or len(str(error)) > 40_000 or error.exit_code not in (2, 3, 4, 5):
+            if "\n" in str(error) or len(str(error)) > 40_000 or error.exit_code not in (2, 3, 4, 5, 6):
                 raise AssertionError(f"an error nobody can read: {str(error)[:300]!r}") from error
 
 

@@ -244,7 +244,7 @@ def test_what_is_missing_or_too_small_is_a_warning_and_what_is_enough_is_none():
 
 
 def test_the_lines_of_the_doctor_hold_each_fact_under_its_title():
-    gpus = [{"name": n, "memory_bytes": 2**34, "capability": "9.0"} for n in ("A", "B")]
+    gpus = [{"name": n, "memory_bytes": 2**34, "capability": "9.0", "problem": None} for n in ("A", "B")]
     layer = {"form": "fast", "seconds": {"fast": 0.0012, "plain": 0.03}}
     some = facts(
         gpu={"driver": "580", "torch_cuda": "13.0", "cudnn": 1, "devices": gpus, "problem": None}, shm=None,
@@ -274,6 +274,7 @@ def test_the_lines_of_the_doctor_hold_each_fact_under_its_title():
 @pytest.mark.parametrize(("capability", "kind"), [("7.0", "fp16"), ("8.0", "bf16"), ("10.0", "bf16")])
 def test_the_plan_is_that_of_the_first_device(monkeypatch, capability, kind):
     devices = [{"name": "A", "memory_bytes": 1, "capability": capability}, {"name": "B", "capability": "9.0"}]
+    devices = [device | {"problem": None} for device in devices]
     some = facts(optional={"cupy": part("1", sees_device=True)})
     some["gpu"] = some["gpu"] | {"devices": devices}
     monkeypatch.setenv("FASTSRGAN_REFERENCE", "1")
