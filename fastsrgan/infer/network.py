@@ -477,14 +477,14 @@ def deviations(source: Source, plan: tiles.TilePlan, generator: nn.Module, slice
         results = []
         for each in ("fp32", name):
             network = TileNetwork(generator, slice_mm, device, each)
-            with network.working(), _uncompiled(generator):
+            with network.working(), _without_graphs(generator):
                 results.append(torch.cat([network(tile[None].to(device)).cpu() for tile in some]))
         result[name] = _row(results[1] - results[0], some)
     return result
 
 
 @contextlib.contextmanager
-def _uncompiled(generator: nn.Module) -> Iterator[None]:
+def _without_graphs(generator: nn.Module) -> Iterator[None]:
     """Members of a mean as they are: a few tiles, in batches of their own, are not worth a graph of each precision."""
     networks = generator.networks if isinstance(generator, Averaged) else []
     fast = [network._forward for network in networks]

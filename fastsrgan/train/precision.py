@@ -95,8 +95,8 @@ def self_test(arithmetic: Arithmetic, compiled: bool = False) -> dict[str, float
     first that graphs alone compute.
 
     Where gradients of a network are off beyond their limit, the step is done again on other values: rounding alone may
-    change the sign of what a LeakyReLU is given, and with it gradients by 1e-3 of them (2 of 120 steps in float32, by
-    six kinds of sound CPU kernels); a wrong kernel is wrong on all values.
+    change the sign of what a LeakyReLU is given, and with it gradients by 1e-3 of them (2 of 72 steps in float32: 12
+    draws by six sets of sound CPU kernels); a wrong kernel is wrong on all values.
 
     Returns the relative differences: "generator" and "critic" gradients, and the worst of each kernel. Raises
     ResourceError when one is beyond what rounding explains, or when the device fails.
