@@ -139,29 +139,42 @@ def scaled(path: Path, report: dict[str, Any]) -> list[str]:
     return [*lines, "## Epochs on an accelerator, by arithmetic\n", scale.assumed(figures, path.parent.name)]
 
 
-def opening(reports: list[tuple[Path, dict[str, Any]]]) -> list[str]:
-    """Five sentences for each machine, and one picture of all; drawn here."""
-    machines: dict[str, dict[str, Any]] = {}
+def machines(reports: list[tuple[Path, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Folder of a machine -> name of a bench -> its report; without variants and what was measured quickly."""
+    found: dict[str, dict[str, Any]] = {}
     for path, report in reports:
         if path.name == f"{report['bench']}.json" and not is_quick(report):
-            machines.setdefault(path.parent.name, {})[report["bench"]] = report
-    lines = []
-    named = {f"{name}: {next(iter(found.values()))['machine']['cpu']}": found for name, found in machines.items()}
-    for name, found in named.items():
-        machine, processor = name.split(": ", 1)
-        lines += [
-            f"\nMeasured on {processor} ({machine}):\n",
-            *(f"{i}. {text}" for i, text in enumerate(summary.sentences(found), 1)),
-        ]
-    summary.plot(list(named.items()), SUMMARY)
-    return [*lines, f"\n![What the other sides take, in units of fastsrgan's time and memory](images/{SUMMARY.name})"]
+            found.setdefault(path.parent.name, {})[report["bench"]] = report
+    return found
+
+
+def opening(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Five sentences of one machine, then a picture and a table of all; the picture is drawn here."""
+    if not found:
+        return []
+    name = summary.chosen(found)
+    summary.plot(found, SUMMARY)
+    return [
+        f"\nMeasured on {_processor(found[name])} ({name}):\n",
+        *(f"{i}. {text}" for i, text in enumerate(summary.sentences(found[name]), 1)),
+        f"\n![What the other sides take, in units of fastsrgan's time and memory](images/{SUMMARY.name})",
+        f"\nOn every machine ({'; '.join(f'{name}: {_processor(on)}' for name, on in found.items())}):\n",
+        *summary.comparison(found),
+    ]
+
+
+def _processor(reports: dict[str, Any]) -> str:
+    """Name and instructions of the processor of a machine."""
+    machine = next(iter(reports.values()))["machine"]
+    return ", ".join(machine[key] for key in ("cpu", "simd") if machine.get(key))
 
 
 def main(argv: Sequence[str] = ()) -> Path:
     """``python -m bench report``: write the pages and pictures; returns the first page."""
     argparse.ArgumentParser(prog="python -m bench report", description=__doc__).parse_args(argv)
     reports = load()
-    lines = ["# Benchmarks", *opening(reports), HEAD]
+    found = machines(reports)
+    lines = ["# Benchmarks", *opening(found), HEAD]
     for path, report in reports:
         lines += scaled(path, report) if report["bench"] == "scale" else section(path, report)
     lines += ["\n## What the words mean\n", *(f"* {note}" for note in NOTES)]
@@ -170,6 +183,7 @@ def main(argv: Sequence[str] = ()) -> Path:
     with atomic_write(ROOFLINE) as temporary:
         temporary.write_text(roofline.page(), encoding="utf8")
     slow = [(path, report) for path, report in reports if not is_quick(report)]
+    slow.sort(key=lambda one: one[0].parent.name != summary.chosen(found))  # pictures are of the machine that opens
     drawn = [report for path, report in slow if path.name == "infer.json" and infer_page.markdown(report)]
     if drawn:
         infer_plot.plot(drawn[0], STEPS)

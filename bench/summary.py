@@ -1,10 +1,10 @@
-"""The benchmarks in five sentences and one picture, made of the results of one machine."""
+"""The benchmarks in five sentences of one machine, and one table and picture of all."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,12 @@ from bench.common import AIR_TOO, CROPPED, END_TO_END
 from bench.data_page import duration, rate
 from fastsrgan.core.files import atomic_write
 
-OURS, MEMORY = "#1f77b4", "#b279a2"
+TIMES = (
+    "#1f77b4",
+    "#e6842a",
+    "#54a24b",
+    "#b279a2",
+)  # a colour for each machine, again from the first where they are more
 PLAIN, LAST, OWN = "monai, plain network", "monai, plain network, channels last", "monai, fastsrgan's network"
 NOT_MEASURED = "has not been measured on this machine"
 Row = Mapping[str, Any]
@@ -61,35 +66,68 @@ def _range(row: Row, peer: str) -> tuple[float, float] | None:
     return low, high
 
 
-def plot(machines: Sequence[tuple[str, Reports]], path: str | os.PathLike) -> None:
-    """Write the picture: for each machine what the peers take, in units of what fastsrgan takes."""
+def chosen(machines: Mapping[str, Reports]) -> str:
+    """The machine whose sentences open the page: the one with most benches, of several the one with most ratios, the
+    last."""
+    return max(reversed(machines), key=lambda name: (len(machines[name]), len(bars(machines[name]))))
+
+
+def _spread(bar: Bar) -> str:
+    if bar.range:
+        return f" ({bar.range[0]:.3g} to {bar.range[1]:.3g})"
+    return "" if bar.memory else " (measured once)"
+
+
+def _rows(machines: Mapping[str, Reports]) -> list[tuple[str, dict[str, Bar]]]:
+    """(what is compared, machine -> what it showed), in the order of the machine with most, then what others add."""
+    found = {name: {bar.what: bar for bar in bars(reports)} for name, reports in machines.items()}
+    order = dict.fromkeys(what for name in sorted(found, key=lambda n: -len(found[n])) for what in found[name])
+    times_first = sorted(order, key=lambda what: what.startswith("memory"))  # keeps the order otherwise
+    return [(what, {name: named[what] for name, named in found.items() if what in named}) for what in times_first]
+
+
+def comparison(machines: Mapping[str, Reports]) -> list[str]:
+    """The ratios of all machines beside each other, as lines of Markdown."""
+    lines = [f"| what the other side takes | {' | '.join(machines)} |", f"|---{'|---' * len(machines)}|"]
+    for what, on in _rows(machines):
+        cells = [f"{on[name].ratio:.3g} x{_spread(on[name])}" if name in on else "not measured" for name in machines]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return lines
+
+
+def plot(machines: Mapping[str, Reports], path: str | os.PathLike) -> None:
+    """Write the picture: what the peers take, in units of what fastsrgan takes, a colour for each machine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = [(name, found) for name, reports in machines if (found := bars(reports))]
-    figure = Figure(figsize=(10, 0.8 + sum(0.42 * len(found) + 0.5 for _, found in made)), layout="constrained")
+    rows, names = _rows(machines), [name for name in machines if bars(machines[name])]
+    figure = Figure(figsize=(10, 1.3 + 0.19 * len(rows) * (len(names) + 0.6)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(max(len(made), 1), 1, squeeze=False, height_ratios=[len(f) for _, f in made] or [1])
-    ends = [end for _, found in made for bar in found for end in bar.range or (bar.ratio,)]  # of all: one scale
-    for axes, (name, found) in zip(panels[:, 0], made, strict=False):
-        colours = [MEMORY if bar.memory else OURS for bar in found]
-        axes.set_xscale("log")
-        axes.barh([bar.what for bar in found], [bar.ratio - 1 for bar in found], left=1, color=colours)
-        for i, bar in enumerate(found):
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    thick, ends = 1 / (len(names) + 0.6), [1.0]
+    for i, name in enumerate(names):
+        mine = [(at, on[name]) for at, (_, on) in enumerate(rows) if name in on]
+        places = [at + (i - (len(names) - 1) / 2) * thick for at, _ in mine]
+        colour = TIMES[i % len(TIMES)]
+        axes.barh(places, [bar.ratio - 1 for _, bar in mine], thick, left=1, color=colour, label=name)
+        for place, (_, bar) in zip(places, mine, strict=True):
             low, high = bar.range or (bar.ratio, bar.ratio)
-            axes.plot([low, high], [i, i], color="#404040", linewidth=1, marker="|", markersize=7 if bar.range else 0)
-            spread = f" ({low:.3g} to {high:.3g})" if bar.range else "" if bar.memory else " (measured once)"
-            axes.text(max(high, 1), i, f"  {bar.ratio:.3g} x{spread}", va="center", fontsize=9)
-        axes.axvline(1, color="#404040", linewidth=1)
-        axes.invert_yaxis()
-        axes.set_xlim(min(0.8, *ends), 5 * max(ends))
-        axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
-        axes.tick_params(labelsize=9)
-        axes.minorticks_off()
-        axes.set_title(name, fontsize=10)
-    figure.supxlabel(
-        "what the other side takes: times fastsrgan's seconds (blue, line: range), bytes (violet)", fontsize=9
-    )
+            ends += [low, high]
+            axes.plot(
+                [low, high], [place] * 2, color="#404040", linewidth=1, marker="|", markersize=5 if bar.range else 0
+            )
+            axes.text(max(high, 1), place, f"  {bar.ratio:.3g} x{_spread(bar)}", va="center", fontsize=8)
+    axes.axvline(1, color="#404040", linewidth=1)
+    axes.set_yticks(range(len(rows)), [what for what, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(min(0.8, *ends), 3 * max(ends))
+    axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axes.tick_params(labelsize=9)
+    axes.minorticks_off()
+    if names:
+        figure.legend(loc="outside upper center", ncols=len(names), fontsize=9, frameon=False)
+    figure.supxlabel("what the other side takes, in times of fastsrgan's seconds or bytes; line: range", fontsize=9)
     with atomic_write(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
 

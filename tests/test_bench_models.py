@@ -278,11 +278,11 @@ def test_the_opening_picture_has_each_ratio_under_its_name(reports, monkeypatch,
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b""))[1])
-    summary.plot([("here", reports)], tmp_path / "a.png")
+    summary.plot({"here": reports, "there": {"step": faster(reports["step"])}}, tmp_path / "a.png")
     (axes,) = drawn[0].axes
+    here, there = axes.containers
     ends = {
-        tick.get_text(): bar.get_x() + bar.get_width()
-        for tick, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
+        tick.get_text(): bar.get_x() + bar.get_width() for tick, bar in zip(axes.get_yticklabels(), here, strict=True)
     }
     assert ends == pytest.approx(
         {
@@ -297,7 +297,27 @@ def test_the_opening_picture_has_each_ratio_under_its_name(reports, monkeypatch,
         }
     )
     told = [text.get_text().strip() for text in axes.texts]
-    assert told[2] == "1.3 x (0.8 to 2.3)" and told[-1] == "3 x"
+    assert told[2] == "1.3 x (0.8 to 2.3)" and told[7] == "3 x"
+    assert [bar.get_x() + bar.get_width() for bar in there] == pytest.approx([14, 901 / 301])
+    assert [round(bar.get_y() + bar.get_height() / 2) for bar in there] == [0, 5]  # beside the same of the other
+    assert told[8:] == ["14 x (6.5 to 8)", "2.99 x"]
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["here", "there"]
+
+
+def faster(report: dict) -> dict:
+    """The same with every ratio twice as large."""
+    rows = [{**row, "ratio_to": {k: 2 * v for k, v in row["ratio_to"].items()}} for row in report["rows"]]
+    return {**report, "rows": rows}
+
+
+def test_every_machine_has_its_column_and_the_fullest_opens_the_page(reports):
+    machines = {"full": reports, "part": {"step": faster(reports["step"])}}
+    assert summary.chosen(machines) == "full" and summary.chosen({**machines, "later": reports}) == "later"
+    head, _, first, *others = summary.comparison(machines)
+    assert head == "| what the other side takes | full | part |"
+    assert first == "| iteration of training: plain eager PyTorch, contiguous | 7 x (6.5 to 8) | 14 x (6.5 to 8) |"
+    assert [line.count("not measured") for line in others] == [1, 1, 1, 1, 0, 1, 1]
 
 
 def test_sections_mark_other_work_wider_gates_and_quick_runs(reports):
@@ -373,13 +393,10 @@ def test_the_cost_stands_where_there_is_a_price():
 
 def test_the_committed_page_opens_with_the_committed_results():
     text = (page.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf8")
-    machines: dict = {}
-    for path, report in page.load():
-        if path.name == f"{report['bench']}.json":
-            machines.setdefault(path.parent.name, {})[report["bench"]] = report
-    for found in machines.values():
-        for i, sentence in enumerate(summary.sentences(found), 1):
-            assert f"{i}. {sentence}\n" in text, "python -m bench report"
+    found = page.machines(page.load())
+    for i, sentence in enumerate(summary.sentences(found[summary.chosen(found)]), 1):
+        assert f"{i}. {sentence}\n" in text, "python -m bench report"
+    assert "\n".join(summary.comparison(found)) in text, "python -m bench report"
     assert "fastsrgan.runtime" not in text and "fastsrgan.images" not in text
 
 
