@@ -218,6 +218,21 @@ def test_keras_arrays_are_read_through_filters_without_loss_alone(tmp_path, opti
         weights.load_generator(path)
 
 
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_keras_file_that_names_a_driver_is_refused_before_the_library_reads_it(tmp_path, monkeypatch, version):
+    """Found as a fuzzed case: 1.8 GB were taken for the driver's block of a file of 232 kB."""
+    data = bytearray((GOLDEN / "weights_residual_mask3.h5").read_bytes())
+    assert data[8] == 0 and data[48:56] == b"\xff" * 8  # superblock 0, no driver
+    if version == 1:  # has four bytes more before its addresses
+        data[8:60] = b"\1" + data[9:24] + bytes(4) + data[24:56]
+    at = 48 + 4 * version
+    data[at : at + 8] = (767).to_bytes(8, "little")
+    (tmp_path / "w.h5").write_bytes(data)
+    monkeypatch.setattr("fastsrgan.model.keras.h5py.File", lambda *_, **__: pytest.fail("the library read it"))
+    with pytest.raises(ModelError, match="damaged HDF5 file: it is said to need a driver of its own"):
+        weights.load_generator(tmp_path / "w.h5")
+
+
 def test_a_keras_file_that_declares_far_more_than_it_holds_is_refused(tmp_path):
     """Packed zeros: no weights are like that."""
     spec, path = GeneratorSpec(kernel=32), tmp_path / "packed.h5"
