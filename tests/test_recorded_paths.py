@@ -55,6 +55,14 @@ def test_a_link_to_itself_is_named_and_not_followed(tmp_path):
     assert recorded(tmp_path / "loop" / "a") == str(tmp_path / "loop" / "a")
 
 
+def test_a_name_that_no_file_can_have_is_a_name(tmp_path):
+    """Found as a fuzzed table: a cell of a thousand letters before /.. ended in OSError."""
+    assert recorded(tmp_path / ("a" * 1000) / ".." / "b") == str(tmp_path / "b")
+    assert recorded(tmp_path / "a\0" / ".." / "b") == str(tmp_path / "b")
+    (tmp_path / "t.csv").write_text(f"image\n{'a' * 1000}/../b.nii\n", encoding="utf8")
+    assert tables.read_list(tmp_path / "t.csv") == [tmp_path / "b.nii"]
+
+
 def test_a_cell_of_a_table_is_the_file_that_the_system_finds(linked):
     """The text without its dots was another file, or none."""
     (linked / "here" / "t.txt").write_text("link/../a.txt\n")

@@ -19,5 +19,5 @@ def recorded(path: str | os.PathLike) -> str:
     given = Path(path).absolute()
     done = Path(given.anchor)
     for part in given.parts[1:]:
-        done = (real(done) if done.is_symlink() else done).parent if part == ".." else done / part
+        done = (real(done) if os.path.islink(done) else done).parent if part == ".." else done / part
     return str(done)

@@ -365,7 +365,7 @@ def init_normal(module: nn.Module, gain: float, seed: int) -> None:
     """Draw every convolution kernel with the variance gain / fan_in."""
     # Keras draws a normal truncated at two standard deviations and rescales it to the wanted variance.
     for name, parameter in module.named_parameters():
-        if parameter.ndim == 5:
+        if parameter.ndim == 5 and not parameter.is_meta:  # a skeleton's have no values
             std = math.sqrt(gain / parameter[0].numel()) / 0.87962566103423978
             values = std * truncated_normal(rng(seed, "weights", name), parameter.numel())
             with torch.no_grad():
