@@ -325,7 +325,8 @@ class TrainConfig:
     form: str = setting("fast", "network layers: exact fast forms or the plain ones", NEW,
         choices=("fast", "reference"))
     layer_forms: str = setting("auto", "fast forms on a CPU: timed for this machine, or the same everywhere", KEPT,
-        choices=("auto", "measured", "fixed"), more="auto: the variable FASTSRGAN_FORMS, else measured")
+        choices=("auto", "measured", "fixed"),
+        more="auto: the variable FASTSRGAN_FORMS, else measured; several ranks on CPUs: the same everywhere")
     penalty: str = setting("auto", "critic update: by hand, with an explicit penalty graph, or double backward", NEW,
         choices=("auto", "manual", "explicit", "autograd"), more="all give the same gradients; auto takes the fastest")
     joint_fakes: bool = setting(True, "one generator pass for all critic updates of an iteration (one rank)", NEW)
@@ -340,7 +341,7 @@ class TrainConfig:
     accumulate: int = setting(1, "micro-batches per update", NEW, above=0)
     auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC)
     lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
-        presets={"recommended": "cosine"}, more="from the first update to the last")
+        presets={"recommended": "cosine"}, more="from epoch 1 to the last update")
     lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)
     lr_end: float = setting(0.0, "last learning rate over the first, of linear and cosine", NEW, low=0)
     patience: int = setting(0, "validations without a better score that end a run; 0 off", FREE, group=BASIC, low=0)
@@ -348,7 +349,7 @@ class TrainConfig:
         group=BASIC, choices=("both", "dice", "psnr"),
         more="Dice plus the part of the spline's error that is gone ([decision 027](decisions/027-best-weights.md))")
     whole_every: int = setting(0, "epochs between validations on whole volumes; 0 off", FREE, low=0,
-        more="as `infer` and `evaluate` give them")
+        more="as `infer --step 30 --flips none` and `evaluate` give them")
     tensorboard: bool = setting(False, "write RUN/tensorboard", FREE, group=BASIC, more="scalars and sample images")
     penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
         more="weighted accordingly")
@@ -370,7 +371,8 @@ class TrainConfig:
         " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
     preset: str = setting("code", "defaults: the original code's, the paper's, or what was found to work", FREE,
         group=BASIC, choices=("code", "paper", "recommended"),
-        more="recommended: [what to expect](training.md#a-recipe); options beside it win; not with `--resume` alone")
+        more="code: but for `geometry`; recommended: [what to expect](training.md#a-recipe); options beside it win;"
+        " not with `--resume` alone")
     # fmt: on
 
     def __post_init__(self) -> None:
