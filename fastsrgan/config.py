@@ -283,7 +283,8 @@ class TrainConfig:
         group=BASIC, also=("-fm",))
     scaled: bool = setting(False, "SR head in units of the patch's in-plane gradient: intensity-equivariant", MATCH,
         presets={"recommended": True}, more="[why](decisions/011-scaled-head.md); not in the paper")
-    zero_head: bool = setting(False, "start at the spline: SR head zero", START, presets={"recommended": True})
+    zero_head: bool = setting(False, "start at the spline: SR head zero", START, presets={"recommended": True},
+        more="at 0 where `residual` is false")
     snapshot: int = setting(1, "epochs between snapshots", FREE, group=BASIC, also=("-s",), above=0)
     validate_every: int = setting(1, "epochs between validations", FREE, group=BASIC, above=0)
     keep_checkpoints: int = setting(3, "snapshots kept for --resume", FREE, above=0)
@@ -355,7 +356,8 @@ class TrainConfig:
         more="weighted accordingly")
     dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, presets={"recommended": 1.0}, low=0)
     agree: bool = setting(False, "make results agree with their scans before the loss sees them", NEW,
-        more="a last layer as `infer --agree auto` ([decision 029](decisions/029-agreement-in-training.md))")
+        more="a last layer as `infer --agree auto`, where scans have the image's voxels in the plane"
+        " ([decision 029](decisions/029-agreement-in-training.md))")
     synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
         high=1, more="of subjects with an image and tissues; without an image it always is made"
         " ([training](training.md#images-made-of-label-maps))")
