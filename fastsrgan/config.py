@@ -326,8 +326,7 @@ class TrainConfig:
     form: str = setting("fast", "network layers: exact fast forms or the plain ones", NEW,
         choices=("fast", "reference"))
     layer_forms: str = setting("auto", "fast forms on a CPU: timed for this machine, or the same everywhere", KEPT,
-        choices=("auto", "measured", "fixed"),
-        more="auto: the variable FASTSRGAN_FORMS, else measured; several ranks on CPUs: the same everywhere")
+        choices=("auto", "measured", "fixed"), more="auto: FASTSRGAN_FORMS, else measured; ranks on CPUs: fixed")
     penalty: str = setting("auto", "critic update: by hand, with an explicit penalty graph, or double backward", NEW,
         choices=("auto", "manual", "explicit", "autograd"), more="all give the same gradients; auto takes the fastest")
     joint_fakes: bool = setting(True, "one generator pass for all critic updates of an iteration (one rank)", NEW)
@@ -352,12 +351,10 @@ class TrainConfig:
     whole_every: int = setting(0, "epochs between validations on whole volumes; 0 off", FREE, low=0,
         more="as `infer --step 30 --flips none` and `evaluate` give them")
     tensorboard: bool = setting(False, "write RUN/tensorboard", FREE, group=BASIC, more="scalars and sample images")
-    penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
-        more="weighted accordingly")
+    penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0, more="weighted to match")
     dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, presets={"recommended": 1.0}, low=0)
     agree: bool = setting(False, "make results agree with their scans before the loss sees them", NEW,
-        more="a last layer as `infer --agree auto`, where scans have the image's voxels in the plane"
-        " ([decision 029](decisions/029-agreement-in-training.md))")
+        more="as `infer --agree auto`, but for coarser planes ([029](decisions/029-agreement-in-training.md))")
     synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
         high=1, more="of subjects with an image and tissues; without an image it always is made"
         " ([training](training.md#images-made-of-label-maps))")
@@ -372,9 +369,8 @@ class TrainConfig:
         group=BASIC, choices=("auto", "S", "A", "R"), more="S: axial, A: coronal, R: sagittal slices; new_low_res is"
         " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
     preset: str = setting("code", "defaults: the original code's, the paper's, or what was found to work", FREE,
-        group=BASIC, choices=("code", "paper", "recommended"),
-        more="code: but for `geometry`; recommended: [what to expect](training.md#a-recipe); options beside it win;"
-        " not with `--resume` alone")
+        group=BASIC, choices=("code", "paper", "recommended"), more="code: but for `geometry`; "
+        "recommended: [what to expect](training.md#a-recipe); options beside it win; not with `--resume` alone")
     # fmt: on
 
     def __post_init__(self) -> None:
