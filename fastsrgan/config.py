@@ -283,7 +283,8 @@ class TrainConfig:
         group=BASIC, also=("-fm",))
     scaled: bool = setting(False, "SR head in units of the patch's in-plane gradient: intensity-equivariant", MATCH,
         presets={"recommended": True}, more="[why](decisions/011-scaled-head.md); not in the paper")
-    zero_head: bool = setting(False, "start at the spline: SR head zero", START, presets={"recommended": True})
+    zero_head: bool = setting(False, "start at the spline: SR head zero", START, presets={"recommended": True},
+        more="at 0 where `residual` is false")
     snapshot: int = setting(1, "epochs between snapshots", FREE, group=BASIC, also=("-s",), above=0)
     validate_every: int = setting(1, "epochs between validations", FREE, group=BASIC, above=0)
     keep_checkpoints: int = setting(3, "snapshots kept for --resume", FREE, above=0)
@@ -325,7 +326,7 @@ class TrainConfig:
     form: str = setting("fast", "network layers: exact fast forms or the plain ones", NEW,
         choices=("fast", "reference"))
     layer_forms: str = setting("auto", "fast forms on a CPU: timed for this machine, or the same everywhere", KEPT,
-        choices=("auto", "measured", "fixed"), more="auto: the variable FASTSRGAN_FORMS, else measured")
+        choices=("auto", "measured", "fixed"), more="auto: FASTSRGAN_FORMS, else measured; ranks on CPUs: fixed")
     penalty: str = setting("auto", "critic update: by hand, with an explicit penalty graph, or double backward", NEW,
         choices=("auto", "manual", "explicit", "autograd"), more="all give the same gradients; auto takes the fastest")
     joint_fakes: bool = setting(True, "one generator pass for all critic updates of an iteration (one rank)", NEW)
@@ -340,7 +341,7 @@ class TrainConfig:
     accumulate: int = setting(1, "micro-batches per update", NEW, above=0)
     auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC)
     lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
-        presets={"recommended": "cosine"}, more="from the first update to the last")
+        presets={"recommended": "cosine"}, more="from epoch 1 to the last update")
     lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)
     lr_end: float = setting(0.0, "last learning rate over the first, of linear and cosine", NEW, low=0)
     patience: int = setting(0, "validations without a better score that end a run; 0 off", FREE, group=BASIC, low=0)
@@ -348,13 +349,12 @@ class TrainConfig:
         group=BASIC, choices=("both", "dice", "psnr"),
         more="Dice plus the part of the spline's error that is gone ([decision 027](decisions/027-best-weights.md))")
     whole_every: int = setting(0, "epochs between validations on whole volumes; 0 off", FREE, low=0,
-        more="as `infer` and `evaluate` give them")
+        more="as `infer --step 30 --flips none` and `evaluate` give them")
     tensorboard: bool = setting(False, "write RUN/tensorboard", FREE, group=BASIC, more="scalars and sample images")
-    penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
-        more="weighted accordingly")
+    penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0, more="weighted to match")
     dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, presets={"recommended": 1.0}, low=0)
     agree: bool = setting(False, "make results agree with their scans before the loss sees them", NEW,
-        more="a last layer as `infer --agree auto` ([decision 029](decisions/029-agreement-in-training.md))")
+        more="as `infer --agree auto`, but for coarser planes ([029](decisions/029-agreement-in-training.md))")
     synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
         high=1, more="of subjects with an image and tissues; without an image it always is made"
         " ([training](training.md#images-made-of-label-maps))")
@@ -369,8 +369,8 @@ class TrainConfig:
         group=BASIC, choices=("auto", "S", "A", "R"), more="S: axial, A: coronal, R: sagittal slices; new_low_res is"
         " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
     preset: str = setting("code", "defaults: the original code's, the paper's, or what was found to work", FREE,
-        group=BASIC, choices=("code", "paper", "recommended"),
-        more="recommended: [what to expect](training.md#a-recipe); options beside it win; not with `--resume` alone")
+        group=BASIC, choices=("code", "paper", "recommended"), more="code: but for `geometry`; "
+        "recommended: [what to expect](training.md#a-recipe); options beside it win; not with `--resume` alone")
     # fmt: on
 
     def __post_init__(self) -> None:

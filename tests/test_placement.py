@@ -102,6 +102,19 @@ def test_another_place_is_refused_with_the_difference_in_mm(tmp_path, name):
         assert kind in error.value.reason and "resample" in error.value.hint
 
 
+@pytest.mark.parametrize(
+    "affine", [PLACE[:, [1, 0, 2, 3]], turned(45), np.eye(4)[[1, 2, 0, 3]] @ PLACE], ids=["axes exchanged", "45", "120"]
+)
+def test_arrays_of_one_shape_are_refused_with_the_difference_in_mm_however_they_are_turned(affine):
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    with pytest.raises(InputError) as error:
+        orientation_onto(SHAPE, affine, like, "m.nii", "mask")
+    assert f"is not the image's, {difference(affine, PLACE, SHAPE)}: mask" in error.value.reason
+    with pytest.raises(InputError) as error:  # of another shape there is no voxel for each
+        orientation_onto(SHAPE[::-1], affine, like, "m.nii", "mask")
+    assert "apart" not in error.value.reason
+
+
 def test_a_turn_beyond_rounding_is_another_grid_however_small_the_array():
     for radians, same in ((1e-3, True), (4e-3, False)):
         turned = np.eye(4)

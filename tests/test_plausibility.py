@@ -727,6 +727,31 @@ def test_slices_that_weights_do_not_know_are_segmented_upright_and_then_no_reaso
     assert np.abs(found["sagittal", "known", "auto"] - found["sagittal", "known", "off"]).max() > 0.05  # found: 0.70
 
 
+@pytest.mark.parametrize("known, scan, turned", [
+    (("sagittal",), "axial", False), (("sagittal",), "coronal", False), (("coronal", "sagittal"), "axial", False),
+    (("axial",), "coronal", True), (("axial", "coronal"), "sagittal", True), (("axial", "coronal"), "coronal", False),
+])  # fmt: skip
+def test_a_head_is_turned_upright_for_weights_alone_that_saw_heads_so(tmp_path, caplog, known, scan, turned):
+    """To others it would be as strange; their light says what they do not know, whatever is asked for."""
+    purpose = Purpose(structures=((1, "cortex"),), slices=known)
+    weights.save_generator(tmp_path / "w", build_generator(GeneratorSpec(kernel=1)), card={MADE_FOR: purpose.to_dict()})
+    thick = ("sagittal", "coronal", "axial").index(scan)
+    shape, mm = ([6 if d == thick else 16 for d in range(3)], [3.0 if d == thick else 1.0 for d in range(3)])
+    data = np.pad(np.random.default_rng(2).random(shape, np.float32) * 500, 3)
+    nib.save(nib.Nifti1Image(data, np.diag([*mm, 1.0])), tmp_path / "a.nii.gz")
+    for asked in ("auto", "on"):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="fastsrgan"):
+            infer_files([tmp_path / "a.nii.gz"], tmp_path / asked, tmp_path / "w", upright=asked, agree="off", **FAST)
+        record = json.loads((tmp_path / asked / "a.json").read_text(encoding="utf8"))
+        assert any("segmented with the head upright" in line for line in caplog.messages) == (
+            turned and asked == "auto"
+        )
+        assert ("upright" in record) == (turned if asked == "auto" else scan != "axial")
+        doubted = any(f"{scan} slices, made for" in why for why in record["plausibility"]["reasons"])
+        assert doubted == (scan not in known and not turned)
+
+
 def test_weights_that_know_left_and_right_exchanged_see_both(tmp_path, caplog):
     """Along the axis of the file that goes from left to right, however it is stored; told, recorded, and off where it
     is said. Weights that do not say so have one pass."""

@@ -147,7 +147,8 @@ def main() -> None:
     generator = fastsrgan.load_generator(args.weights)
     purpose = Purpose.of(weights.info(args.weights)["made_for"])
     island, through = purpose.island_mm3, "RAS".index(next(a for a, plane in PLANES.items() if plane == args.plane))
-    upright = ("on" if purpose.unknown(args.plane) else "off") if args.upright == "auto" else args.upright
+    auto = "on" if purpose.knows_upright and purpose.unknown(args.plane) else "off"
+    upright = auto if args.upright == "auto" else args.upright
     flips = ("x" if purpose.mirrored else "none") if args.flips == "auto" else args.flips  # volumes are stored RAS
     options = {"flips": flips, "upright": upright}
     rows = []

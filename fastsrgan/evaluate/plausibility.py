@@ -316,9 +316,11 @@ def judge(
     ``whole_share`` : of the two largest pieces of the segmentation in all that were kept (`volume.components`); None:
         not known
     ``own_dice`` : of the weights on the Test subjects of their own training; None: not known
-    ``upright`` : whether the head was segmented upright, so that the direction of the slices does not matter
+    ``upright`` : whether the head was segmented upright, so that the direction of the slices does not matter to weights
+        that know it so
     ``apart`` : what to say of weights that were averaged though made for different images (`purpose.averaged_apart`)
     """
+    upright = upright and purpose.knows_upright
     told = {name: words for name, words in CHECKED.items() if not (upright and name == "slices")}
     purpose = replace(purpose, slices=()) if upright else purpose
     found = [*_of_image(look, purpose, masked), *_of_contrast(look, purpose, within)]

@@ -204,7 +204,7 @@ def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
     purpose, name = loaded.model.purpose, loaded.image.path.name
     grid = own_grid(loaded.volume.spacing, purpose.grid_mm and purpose.grid_mm[1])
     sides = purpose.mirrored and AXES[world_orientation(loaded.volume.affine).axes[0]]
-    unknown = purpose.unknown(loaded.look.slices)
+    unknown = purpose.unknown(loaded.look.slices) if purpose.knows_upright else ""
     settings, lines = settings.for_image(loaded.mask, grid, purpose.outside, unknown, sides)
     for line in lines:
         log.info("%s: %s", name, line)

@@ -137,7 +137,7 @@ class InferSettings:
     upright : thick slices are turned so that the network sees them across its last axis, as in training, and a sagittal
         or coronal stack with it the head. "on": the probabilities are of a second pass in which the head is upright, as
         networks saw it that were trained on axial slices alone; "off": of the same pass as SR; "auto": of files "on"
-        where the weights say that they know other slices alone, else "off". Axial slices have one pass
+        where the weights say that they know axial slices and not the scan's, else "off". Axial slices have one pass
     agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
         physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
         counts. A result on the scan's own grid has nothing to agree on
@@ -205,7 +205,7 @@ class InferSettings:
         "so, in twice the time)", parse=str, metavar="AXES", check=flip_axes, recorded=CHANGED)
     upright: str = option(AUTO,
         "segment sagittal and coronal slices with the head upright, in a second pass: on, off (auto: on where the "
-        "weights were made for axial slices alone)", parse=str, choices=(AUTO, ON, OFF), recorded=CHANGED)
+        "weights were made for axial slices and not for these)", parse=str, choices=(AUTO, ON, OFF), recorded=CHANGED)
     agree: str | float = option(AUTO,
         "make SR, acquired again, agree with the scan: auto (off with segsrgan), off, or the weight of what the scan "
         "cannot say (auto)",
@@ -388,7 +388,7 @@ class InferSettings:
 
         grid_mm : the voxel size that they were made for, where the scan is much coarser
         outside : what they saw outside a mask
-        slices : the plane of the scan's thick slices, where they know others alone
+        slices : the plane of the scan's thick slices, where they know others alone, axial ones among them
         sides : the image's axis from left to right, where they are to see mirror images along it
         """
         own, told = {} if mask is None else {"mask": mask}, []

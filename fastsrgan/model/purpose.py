@@ -146,6 +146,11 @@ class Purpose:
         """The plane of a scan's thick slices where the training's lay in others, else ""."""
         return plane if self.slices and plane not in self.slices else ""
 
+    @property
+    def knows_upright(self) -> bool:
+        """Whether the training saw heads upright, as axial slices alone show them; True where nothing is said."""
+        return not self.slices or PLANES["S"] in self.slices
+
     def line(self, segmented: str = "") -> str:
         """All of it in words; ``segmented``: what is segmented, where that is more than ``structure``."""
         parts = [self.contrast, self.ages, self.species, self.view]

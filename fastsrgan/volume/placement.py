@@ -108,7 +108,7 @@ def orientation_onto(
     """
     relative = np.linalg.solve(np.asarray(like.affine, float)[:3, :3], affine_44[:3, :3])
     axes = tuple(int(a) for a in np.abs(relative).argmax(axis=1))
-    away = ""
+    apart = difference(affine_44, like.affine, shape) if tuple(shape) == tuple(like.data.shape) else None
     if sorted(axes) == [0, 1, 2]:
         turn = Orientation(axes, tuple(bool(relative[i, a] < 0) for i, a in enumerate(axes)))  # type: ignore[arg-type]
         if turn.permute(shape) == tuple(like.data.shape):
@@ -118,7 +118,7 @@ def orientation_onto(
                 if apart.largest > EXACT * apart.size:
                     told.append(f"the {kind}'s grid and the image's are {apart}: taken as one, as headers are rounded")
                 return turn, tuple(told)
-            away = f", {apart}"
+    away = "" if apart is None else f", {apart}"
     mine, its = describe_grid(shape, affine_44), describe_grid(like.data.shape, like.affine)
     reason = f"the {kind}'s grid is not the image's{away}: {kind} {mine}; image {its}"
     raise InputError(what, reason, _way_out(shape, affine_44, like, kind, orientation))
