@@ -4,6 +4,7 @@ Signals are looked after before the libraries are loaded, which takes seconds. S
 and a current folder that is gone, without which they cannot be loaded.
 """
 
+import gc
 import os
 import sys
 
@@ -27,7 +28,11 @@ def main() -> int:
             raise
         sys.stderr.write(f"error: {no_room()}\n")
         return 5
-    return cli.main()
+    code = cli.main()
+    # Python looks through all objects of all libraries for what is no longer used, several times, before it ends: on a
+    # machine with other work that took a stopped command longer than anything it had left to do.
+    gc.freeze()
+    return code
 
 
 if __name__ == "__main__":

@@ -442,6 +442,8 @@ def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
         (b"NRRD0004", "an NRRD file", ".nrrd"),
         (b"\0\0\0\1\0\0", "a FreeSurfer MGH file", ".mgh"),
         (b"\x89HDF", "an HDF5 or MINC file", "mnc2nii"),
+        (b"\ntype = string-attribute\n", "an AFNI header", "3dAFNItoNIFTI"),
+        (b"MATRIX72v", "an ECAT file", "mri_convert"),
         (b"CDF\1", "a NetCDF or MINC file", "mnc2nii"),
         (b"ObjectType = Image", "a MetaImage header", ".mha"),
         (b"NDims = 3", "a MetaImage header", ".mhd"),
@@ -554,6 +556,23 @@ def test_a_home_folder_in_quotes_and_a_url_are_told_as_that(tmp_path):
         assert told in error.value.hint
 
 
+@pytest.mark.parametrize(("there", "asked"), [("a.nii.gz", "a.nii"), ("a.nii", "a.nii.gz"), ("a.nii.gz", "A.NII.GZ")])
+def test_a_name_that_is_there_packed_or_in_other_letters_is_offered(tmp_path, there, asked):
+    (tmp_path / there).touch()
+    with pytest.raises(InputError, match="no such file") as caught:
+        images.load(tmp_path / asked)
+    assert caught.value.hint == f"did you mean {there}?"
+    with pytest.raises(InputError, match="no such file") as caught:
+        images.load(tmp_path / "b.nii.gz")  # another subject's is none
+    assert caught.value.hint == "check the path"
+
+
+def test_a_pattern_that_no_shell_filled_in_is_told_as_that(tmp_path):
+    with pytest.raises(InputError, match="no such file") as caught:
+        images.load(tmp_path / "*.nii.gz")
+    assert "patterns without quotes" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("name", "content", "way"),
     [
@@ -563,6 +582,8 @@ def test_a_home_folder_in_quotes_and_a_url_are_told_as_that(tmp_path):
         ("sc\u00e4ns", "B\u00e4cker/a.nii.gz\n".encode(), "a list of images ends in"),
         ("a.mat", b"MATLAB 5.0 MAT-file\0\1\2\3", "FreeSurfer MGH, NRRD, MetaImage and DICOM are read"),
         ("a.nii.gz", b"a.nii.gz\nb.nii.gz\n", "a .nii or .nii.gz file"),
+        ("a+orig.BRIK", b"\1\2\3\4", "3dAFNItoNIFTI makes NIfTI of HEAD and BRIK"),
+        ("a.REC", bytes(20), "dcm2niix makes NIfTI of PAR and REC"),
     ],
 )
 def test_the_way_out_of_a_file_that_is_no_image_is_told_by_what_it_is(tmp_path, name, content, way):

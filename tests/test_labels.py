@@ -121,7 +121,7 @@ def test_names_of_every_kind_of_table_mean_their_values(folder):
 def test_a_map_of_several_structures_needs_a_choice(folder):
     small = images.load(folder / "aseg.nii.gz").data
     save(folder / "aseg.nii.gz", np.where(small > 255, 0, small).astype(np.uint8))
-    with pytest.raises(InputError, match=r"several structures, the values 2, 3, 4, 41, 42 .*--label-classes"):
+    with pytest.raises(InputError, match=r": holds several structures, the values 2, 3, 4, 41, 42 .*--label-classes"):
         scores(folder)
     save(folder / "aseg.nii.gz", (images.load(folder / "seg.nii.gz").data * 255).astype(np.uint8))
     assert scores(folder)["segmentation"]["dice"] == 1  # one value, whatever it is, is one structure

@@ -14,6 +14,7 @@ from dicom_files import Dataset, read, scanner_affine, volume, write_enhanced, w
 
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.io import any_image, dicom, dicom_header
+from fastsrgan.io.image_list import find_images
 
 SMALL = (3, 2, 4)
 ENDINGS = (".dcm", ".ima", ".dicom", ".dcm.gz", ".ima.gz", ".dicom.gz")
@@ -659,3 +660,183 @@ def test_a_slice_without_its_size_lacks_it_and_is_not_cut_off(tmp_path):
 def test_a_thickness_below_zero_makes_no_gap(tmp_path):
     small(tmp_path, change=lambda ds, k: setattr(ds, "SliceThickness", "-3"))
     assert not [line for line in any_image.load_any(tmp_path).warnings if "gap" in line]
+
+
+# --- slices of one volume show one thing --------------------------------------------------------------------------
+
+
+def every(step, **fields):
+    """Sets fields of every so many slices, the second first."""
+
+    def change(ds, k):
+        if k % step == 1:
+            for name, value in fields.items():
+                setattr(ds, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}, "phase"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "PHASE MAP", "P", "FFE"]}, "phase"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "R_IR", "R", "IR"]}, "real"),
+        ({"ComplexImageComponent": "IMAGINARY"}, "imaginary"),
+    ],
+)
+def test_magnitudes_and_phases_at_places_of_their_own_are_no_volume(tmp_path, fields, kind, step):
+    """They became one image without a word: every second slice a phase."""
+    small(tmp_path, change=every(step, **fields))
+    caught = refused(tmp_path, f"{4 // step} of {kind}, such as IM0002.dcm" if step == 4 else f"2 of {kind}, such as")
+    assert "of magnitude" in caught.reason and "move the slices of the other out" in caught.hint
+
+
+def test_what_says_no_component_is_none(tmp_path):
+    small(tmp_path, change=every(2, ImageType=["ORIGINAL", "PRIMARY", "OTHER"]))
+    assert "ImageType" in dicom.load(tmp_path).warnings[0]
+    write_enhanced(tmp_path / "e" / "a.dcm", volume(SMALL), scanner_affine())
+    assert dicom.load(tmp_path / "e").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"EchoTime": 7.38}, "EchoTime 100.0 for 3, 7.38 for 1, such as IM0002.dcm"),
+        (
+            {"ImageType": ["DERIVED", "SECONDARY", "M", "ND"]},
+            "for 3, DERIVED\\SECONDARY\\M\\ND for 1, such as IM0002.dcm",
+        ),
+        ({"EchoTime": 100.9}, ""),
+        ({"EchoTime": None}, ""),
+        ({"AcquisitionNumber": 2, "TriggerTime": 30.0}, ""),
+    ],
+)
+def test_slices_of_another_contrast_are_told(tmp_path, fields, told):
+    small(tmp_path, change=every(4, **fields))
+    warnings = dicom.load(tmp_path).warnings
+    assert len(warnings) == bool(told) and all(told in line for line in warnings)
+
+
+# --- what else lies in a study ------------------------------------------------------------------------------------
+
+SPECTRUM, REPORT = "1.2.840.10008.5.1.4.1.1.4.2", "1.2.840.10008.5.1.4.1.1.88.11"
+
+
+@pytest.mark.parametrize(("kind", "name"), [(SPECTRUM, "MR Spectroscopy Storage"), (REPORT, "Basic Text SR Storage")])
+def test_dicom_without_an_image_is_called_that_and_disturbs_none(tmp_path, kind, name):
+    """Named itself a report was "not a DICOM file but a DICOM file", and a spectrum cut off within its header."""
+    other = small(tmp_path / "other", number=9)[0]
+    ds = read(other)
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = kind
+    del ds.PixelData
+    if kind == REPORT:
+        del ds.Rows, ds.Columns
+    for path in (tmp_path / "other").iterdir():
+        path.unlink()
+    ds.save_as(tmp_path / "other" / "a.dcm", enforce_file_format=True)
+    caught = refused(tmp_path / "other" / "a.dcm", f"is a DICOM file without an image \\({name}\\)")
+    assert "name a DICOM slice" in caught.hint
+    refused(tmp_path / "other", f"holds no DICOM image: a.dcm is a DICOM file without an image \\({name}\\)")
+    small(tmp_path, number=3)
+    assert dicom.load(tmp_path).warnings == ()
+
+
+def test_a_class_that_the_standard_does_not_know_has_no_name():
+    assert dicom_header._class_of("1.3.12.2.1107.5.9.1.99") == "" == dicom_header._class_of("")
+
+
+def test_a_segmentation_is_not_to_be_converted(tmp_path):
+    small(tmp_path, change=lambda ds, k: setattr(ds, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.66.4"))
+    assert refused(tmp_path, "is a segmentation").hint == "name the series that it was made of"
+
+
+def test_packed_slices_are_read_under_any_name_and_never_lost(tmp_path):
+    """`gzip IM0001` was told to be read "by its folder", and the folder to hold no image."""
+    for path in small(tmp_path):
+        (tmp_path / f"{path.stem}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    last = tmp_path / "IM0004.gz"
+    for place in (tmp_path, last):
+        assert any_image.load_any(place).data.shape == SMALL
+    assert any_image.stem(last) == "IM0004"
+    whole = last.read_bytes()
+    for keep, told in ((len(whole) // 2, "IM0004.gz is damaged"), (40, "IM0004.gz is no DICOM file, but named like")):
+        last.write_bytes(whole[:keep])
+        refused(tmp_path, told)
+    last.rename(tmp_path / "notes.tar.gz")
+    assert dicom.load(tmp_path).data.shape[2] == SMALL[2] - 1
+
+
+def test_two_patients_under_one_uid_are_two_series(tmp_path):
+    """Anonymisers write such UIDs: the slices of both "were there 2 times", or lay between each other."""
+    for name in "ab":
+        small(tmp_path / name, uid="1.2.3", change=lambda ds, k, name=name: setattr(ds, "PatientID", name))
+    with pytest.raises(UsageError, match=r"in a, patient a, .* in b, patient b, ") as caught:
+        dicom.load(tmp_path)
+    assert caught.value.hint == (
+        f"name the sub-folders, each for a result of its own: {tmp_path / 'a'} {tmp_path / 'b'}"
+    )
+    one = tmp_path / "one"
+    small(one, uid="1.2.3", change=lambda ds, k: setattr(ds, "PatientID", "ab"[k % 2]))
+    with pytest.raises(UsageError, match="holds 2 series") as caught:
+        dicom.load(one)
+    assert caught.value.hint == "move the images of one of them to a folder of its own"
+
+
+def test_a_slice_that_lost_its_patient_is_one_of_the_series(tmp_path):
+    paths = small(tmp_path, change=lambda ds, k: setattr(ds, "PatientID", "" if k == 1 else "a"))
+    for place in (tmp_path, paths[1]):
+        assert dicom.load(place).data.shape == SMALL
+
+
+def test_an_acquisition_in_each_of_two_folders_is_told_as_that(tmp_path):
+    for name in "ab":
+        small(tmp_path / name, uid="1.2.3")
+    assert f"name one of the folders, such as {tmp_path / 'a'}" in refused(tmp_path, "is there 2 times").hint
+    small(tmp_path / "one", uid="1.2.4")
+    small(tmp_path / "one", uid="1.2.4", prefix="again")
+    assert "name one of the folders" not in refused(tmp_path / "one", "is there 2 times").hint
+
+
+def test_where_series_share_a_number_each_says_what_tells_it_apart(tmp_path):
+    """The one of another description had no UID, beside the hint to choose one by UID."""
+    for uid, description in (("1.2.3", "T2"), ("1.2.4", "T2"), ("1.2.5", "scout")):
+        small(tmp_path, uid=uid, description=description, prefix=uid)
+    with pytest.raises(UsageError, match=r"UID 1\.2\.3; .*UID 1\.2\.4; .*UID 1\.2\.5 ") as caught:
+        dicom.load(tmp_path)
+    assert caught.value.hint == "choose one with --series UID"
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (("p1/T2", "p2/T2"), "p1 p2"),
+        (("all/p1/T2", "all/p2/T2"), "all/p1 all/p2"),
+        (("p1/T2", "p1/T1"), "p1/T1 p1/T2"),
+        (("p1/v1/T2", "p1/v2/T2", "p2/v1/T2"), "p1/v1 p1/v2 p2/v1 (with an output folder each: their names are alike)"),
+        (("p1", "p1"), ""),
+    ],
+)
+def test_the_folders_that_are_offered_can_be_named(tmp_path, folders, named):
+    """Of p1/T2 and p2/T2 both T2 were offered, whose results would have one name."""
+    for k, folder in enumerate(folders):
+        small(tmp_path / folder, uid=f"1.2.{k}", prefix=str(k))
+    with pytest.raises(UsageError) as caught:
+        dicom.load(tmp_path)
+    words = ", or name the sub-folders, each for a result of its own: " if named else ""
+    assert caught.value.hint.replace(f"{tmp_path}/", "") == f"choose one with --series UID{words}{named}"
+
+
+def test_two_folders_of_one_name_are_not_sent_to_the_folder_above(tmp_path):
+    for name in "ab":
+        small(tmp_path / name / "T2", uid=f"1.2.{ord(name)}")
+    with pytest.raises(UsageError, match="would write to the same files") as caught:
+        find_images([tmp_path / "a" / "T2", tmp_path / "b" / "T2"], tmp_path / "out")
+    assert caught.value.hint == "outputs are named after the image: use one output folder for each"
+
+
+def test_slices_of_two_patients_that_are_named_one_by_one_are_two_images(tmp_path):
+    paths = small(tmp_path, uid="1.2.3", change=lambda ds, k: setattr(ds, "PatientID", "ab"[k % 2]))
+    assert [image.path for image in find_images(paths, tmp_path / "out")] == paths[:2]

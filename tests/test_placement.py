@@ -180,6 +180,14 @@ def test_an_array_written_in_reverse_order_is_recognised(tmp_path):
     assert "transpose it" in error.value.hint
 
 
+def test_a_reversed_array_under_the_images_header_is_not_only_to_be_resampled():
+    """As SimpleITK hands arrays to NumPy: resampled it would be the wrong label."""
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    with pytest.raises(InputError) as error:
+        orientation_onto(SHAPE[::-1], PLACE, like, "m.nii", "label", "sform")
+    assert "with its axes reversed, transpose it, then copy the image's header" in error.value.hint
+
+
 def test_a_grid_is_described_by_sizes_axes_and_first_voxel():
     affine = np.diag([1.0, 1, 3, 1])
     affine[:3, 3] = -5, -6, -12

@@ -116,7 +116,7 @@ def stem(path: str | os.PathLike, series: str | None = None) -> str:
         return images.stem(path)
     name = Path(os.path.abspath(path)).name
     if not path.is_dir():  # of a name that is a UID the last number is no ending
-        name = next((name[: -len(s)] for s in dicom.SUFFIXES if name.lower().endswith(s)), name)
+        name = next((name[: -len(s)] for s in (*dicom.SUFFIXES, ".gz") if name.lower().endswith(s)), name)
     return name if series is None else f"{name}_series-{re.sub('[^A-Za-z0-9.-]+', '_', str(series).strip())}"
 
 

@@ -3,20 +3,21 @@
 Geometry comes from Image Position (Patient) and Image Orientation (Patient) alone. The array is stored as dcm2niix
 stores it: first axis along the columns, second against the rows (bottom to top), third along row x column, so files
 and affines are those of a conversion by dcm2niix. What cannot be placed exactly is an InputError, never a guess: gaps,
-slices that are there twice, several orientations, tilted stacks. Series: `dicom_series`.
+slices that are there twice, several orientations, tilted stacks, magnitudes beside phases. Series: `dicom_series`.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastsrgan.errors import InputError, ResourceError, counted
-from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, HINT, TRAITS, Frame, check_axes, pixels
+from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, HINT, NOT_ACQUIRED, TRAITS, Frame, check_axes, pixels
 from fastsrgan.io.dicom_header import SUFFIXES as SUFFIXES
 from fastsrgan.io.dicom_series import NAMED, Series, select, tell_others
 from fastsrgan.io.dicom_series import is_dicom as is_dicom
@@ -29,6 +30,8 @@ from fastsrgan.volume.geometry import Volume
 MAX_VOXELS = 2**31
 SPACING_TOLERANCE = 0.01  # of the slice spacing
 ROUNDING_MM = 0.01  # headers hold decimal text
+# What the slices of one volume have in common.
+CONTRAST = ("EchoTime", "EffectiveEchoTime", "InversionTime", "DiffusionBValue", "ImageType", "FrameType")
 CONVERT = "convert it with dcm2niix, and give the NIfTI file"
 # dcm2niix writes a corrected image beside the one with the fault.
 TILTED = "convert it with dcm2niix, and give the file NAME_Tilt_1.nii, which it corrects"
@@ -68,12 +71,13 @@ def load(
     """
     chosen = select(path, series)
     tell_others(path, chosen.others)
-    stacks, how = _volumes(path, chosen)
+    stacks, numbered = _volumes(path, chosen)
     picked = _pick(path, stacks, volume)
     frames = stacks[picked]
+    mixed = _mixed(path, chosen, frames)
     affine, warnings = _grid(path, frames, len(chosen.frames))
     check_affine(Path(path), affine, warnings.append)
-    warnings = [*chosen.warnings, *([how] if how else []), *warnings]
+    warnings = [*chosen.warnings, *([numbered] if numbered else []), *mixed, *warnings]
     warnings += dict.fromkeys(note for frame in frames for note in frame.notes)
     rows, columns = frames[0].shape
     shape = (columns, rows, len(frames))
@@ -147,12 +151,42 @@ def _differences(stacks: list[list[Frame]]) -> str:
     return f": {'; '.join(shown)}" + "; ..." * (len(stacks) > 8)
 
 
+def _mixed(path: str | os.PathLike, series: Series, frames: list[Frame]) -> list[str]:
+    """Warnings about slices of one volume that show different things. InputError where their values cannot be compared:
+    magnitudes beside phases."""
+    parts = Counter(f.component for f in frames if f.component)
+    if len(parts) > 1:
+        (most, n), (other, m) = parts.most_common(2)
+        odd = next(f for f in frames if f.component == other).path.name
+        reason = f"series {series} is of several kinds: {counted(n, 'slice')} of {most}, {m} of {other}, such as {odd}"
+        raise InputError(path, reason, f"{CONVERT} of one kind, or move the slices of the other out of the folder")
+    warnings = []
+    for k in (TRAITS.index(name) for name in CONTRAST):
+        values = Counter(f.traits[k] for f in frames if f.traits[k])
+        if len(values) > 1 and not _nearly_equal(values):
+            (most, n), (other, m) = values.most_common(2)
+            odd = next(f for f in frames if f.traits[k] == other).path.name
+            told = f"{TRAITS[k]} {most} for {n}, {other} for {m}, such as {odd}"
+            warnings.append(f"its slices differ, one image is made of them: {told}")
+    return warnings
+
+
+def _nearly_equal(values: Iterable[str]) -> bool:
+    """Whether they are numbers that differ by what is rounded off."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return False
+    return max(numbers) - min(numbers) <= SPACING_TOLERANCE * max(map(abs, numbers))
+
+
 def _volumes(path: str | os.PathLike, series: Series) -> tuple[list[list[Frame]], str]:
     """The slices of each volume in order along row x column, and a warning. InputError where that is not certain."""
     frames = series.frames
     bad = min((f for f in frames if f.fault), key=lambda f: f.path != Path(path), default=None)  # the named file first
     if bad:
-        raise InputError(bad.path, bad.fault, CONVERT)
+        way = "name the series that it was made of" if NOT_ACQUIRED in bad.fault else CONVERT
+        raise InputError(bad.path, bad.fault, way)
     for frame in frames:  # before anything is measured along their normal
         check_axes(frame)
     apart = _spread([f.orientation for f in frames]) > DIRECTION_TOLERANCE
@@ -187,6 +221,8 @@ def _volumes(path: str | os.PathLike, series: Series) -> tuple[list[list[Frame]]
     if len(counts) > 1:
         reason += f"; {counts[repeats]} of {len(places)} places have {repeats} images, others fewer"
     hint = "if it is a series of volumes, convert it with dcm2niix and give the NIfTI file; else keep one acquisition"
+    if len(folders := dict.fromkeys(str(f.path.parent) for f in twice)) > 1:  # as of two patients under one UID
+        hint = f"name one of the folders, such as {next(iter(folders))}, if they hold an acquisition each; {hint}"
     raise InputError(path, reason, hint)
 
 

@@ -25,6 +25,7 @@ from fastsrgan.io.nifti_voxels import pointer_of
 NO_DICOM = "holds no DICOM image"
 HINT = "copy or export the file again"
 CUT_OFF = "is cut off within its header"
+_NAME_SLICES = "name a DICOM slice, a multi-frame file or a folder of slices"
 _PREAMBLE = 132
 _LONGEST_LINE = 120  # letters of what a library says
 SUFFIXES = (".dcm", ".ima", ".dicom", ".dcm.gz", ".ima.gz", ".dicom.gz")
@@ -33,11 +34,13 @@ _MOST_UNPACKED = 1 << 32  # bytes of a gzip file
 _BARE = (b"\x02\x00", b"\x08\x00")
 # SOP classes of images that may be slices, up to their last number: CR/CT/MR/US/NM/PET, legacy and enhanced ones.
 _IMAGE_CLASSES = tuple(f"1.2.840.10008.5.1.4.1.1.{n}." for n in ("1", "2", "4", "6.1", "7", "12.1", "20", "128", "130"))
+_SPECTRUM = "1.2.840.10008.5.1.4.1.1.4.2"  # has rows and columns, and no pixels
 # Those that never are: what they show is no acquisition.
+NOT_ACQUIRED = "not an acquisition"
 _NO_ACQUISITION = {
-    "1.2.840.10008.5.1.4.1.1.66.4": "is a segmentation, not an acquisition",
-    "1.2.840.10008.5.1.4.1.1.66.7": "is a segmentation, not an acquisition",
-    "1.2.840.10008.5.1.4.1.1.30": "is a parametric map, not an acquisition",
+    "1.2.840.10008.5.1.4.1.1.66.4": f"is a segmentation, {NOT_ACQUIRED}",
+    "1.2.840.10008.5.1.4.1.1.66.7": f"is a segmentation, {NOT_ACQUIRED}",
+    "1.2.840.10008.5.1.4.1.1.30": f"is a parametric map, {NOT_ACQUIRED}",
 }
 DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
 # What tells images at the same place apart.
@@ -46,6 +49,7 @@ TRAITS = (
     *("TemporalPositionIdentifier", "TemporalPositionIndex", "DiffusionBValue", "DiffusionGradientOrientation"),
     *("AcquisitionNumber", "FrameAcquisitionNumber", "TriggerTime", "ImageType", "FrameType"),
 )
+_COMPONENTS = {name[:n].upper(): name for name in ("magnitude", "phase", "real", "imaginary") for n in (1, len(name))}
 # Functional groups that hold what a frame needs.
 _MACROS = (
     *("FrameContentSequence", "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
@@ -77,7 +81,7 @@ class ColourPicture(InputError):
 
 
 class OtherFormat(InputError):
-    """A file that is named as DICOM and is something else."""
+    """A file that is named as DICOM and is something else, or DICOM and no image."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,15 @@ class Frame:
     patient: str = ""
     date: str = ""
 
+    @property
+    def component(self) -> str:
+        """What part of complex numbers it shows, "magnitude", "phase", "real" or "imaginary"; "" where none is said."""
+        said = dict(zip(TRAITS, self.traits, strict=True))
+        words = [said["ComplexImageComponent"]]
+        for name in ("FrameType", "ImageType"):  # the first two say how it was made
+            words += said[name].split("\\")[2:]
+        return next((_COMPONENTS[word.upper()] for word in words if word.upper() in _COMPONENTS), "")
+
 
 def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
     """The slices in a file; none where it is no DICOM image (a report, a DICOMDIR, any other file).
@@ -153,6 +166,14 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
         raise _damaged(path, f"is damaged: {_line(error)}") from error
 
 
+def is_marked(path: Path) -> bool:
+    """Whether a file, packed or not, bears the mark of DICOM; not so where it cannot be read."""
+    try:
+        return _head(path)[128:] == b"DICM"
+    except (OSError, ValueError, EOFError, zlib.error):
+        return False
+
+
 def begins_as_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM does, with or without a preamble; not so where it cannot be read."""
     try:
@@ -163,12 +184,16 @@ def begins_as_dicom(path: Path) -> bool:
 
 
 def _head(path: Path, count: int = _PREAMBLE) -> bytes:
-    """The bytes in which DICOM shows, unpacked where a file that is named as DICOM is packed."""
+    """The bytes in which DICOM shows, unpacked where the file is packed by gzip, whatever its name."""
     with open(path, "rb") as file:
         head = file.read(count)
-    if head[:2] == b"\x1f\x8b" and str(path).lower().endswith(SUFFIXES):
-        with gzip.open(path) as packed:
-            head = packed.read(count)
+    if head[:2] == b"\x1f\x8b":
+        try:
+            with gzip.open(path) as packed:
+                head = packed.read(count)
+        except (OSError, EOFError, zlib.error):
+            if str(path).lower().endswith(SUFFIXES):
+                raise  # another file that is damaged is no concern here
     return head
 
 
@@ -190,15 +215,17 @@ def _damaged(path: Path, reason: str) -> DamagedFile:
 def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[Frame]:
     ds, whole = _header(path, force=not marked) if readable else (None, False)
     kind = "" if ds is None else str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
-    if ds is None or "Rows" not in ds or "Columns" not in ds:
+    if ds is None or "Rows" not in ds or "Columns" not in ds or kind == _SPECTRUM:
         # Of a class that is cut off itself only the beginning is there.
         begun = kind.startswith(_IMAGE_CLASSES) or any(one.startswith(kind) for one in _IMAGE_CLASSES)
-        if marked and ds is not None and begun:
+        if marked and ds is not None and begun and kind != _SPECTRUM:
             raise InputError(path, "has no Rows or no Columns, so no image" if whole else CUT_OFF, HINT)
         if wanted:
+            if marked and ds is not None:
+                raise OtherFormat(path, f"is a DICOM file without an image{_class_of(kind)}", _NAME_SLICES)
             if found := other_format(_head(path, FORMAT_BYTES)):
                 raise OtherFormat(path, f"is not a DICOM file but {found}", WAYS.get(found, "convert it to .nii.gz"))
-            raise InputError(path, NO_DICOM, "a DICOM slice, a multi-frame file or a folder of slices")
+            raise InputError(path, NO_DICOM, _NAME_SLICES)
         return []
     if not marked and not ("SOPClassUID" in ds or "SeriesInstanceUID" in ds):
         return []  # another file that begins like one
@@ -210,6 +237,14 @@ def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[F
             raise ColourPicture(path, "is a colour picture", "a grey-value series is needed")
         return []  # screen shots lie among the series
     return list(_frames(path, ds, _NO_ACQUISITION.get(kind, "")))
+
+
+def _class_of(kind: str) -> str:
+    """' (Basic Text SR Storage)': the name of a class where the standard has one."""
+    from pydicom.uid import UID
+
+    name = str(UID(kind).name)
+    return f" ({name})" if name != kind else ""
 
 
 def what_is_there(names: Sequence[Path]) -> str:

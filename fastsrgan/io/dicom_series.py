@@ -25,6 +25,7 @@ from fastsrgan.io.dicom_header import (
     DamagedFile,
     Frame,
     begins_as_dicom,
+    is_marked,
     pixels,
     read_frames,
     what_is_there,
@@ -93,11 +94,7 @@ def is_dicom(path: str | os.PathLike) -> bool:
         return False
     if path.name.lower().endswith(SUFFIXES):
         return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except (OSError, ValueError):
-        return False
+    return is_marked(path)
 
 
 def _look(path: str | os.PathLike) -> _Listing:
@@ -135,7 +132,9 @@ def _look(path: str | os.PathLike) -> _Listing:
     for b in broken:  # what is left of a UID that was cut off may be the beginning of any
         b.uid = b.uid if b.whole or b.uid in known else ""
     if own:
-        found = [s for s in found if (s.uid, s.number) == (own[0].uid, own[0].series)]
+        one = own[0]
+        found = [s for s in found if (s.uid, s.number) == (one.uid, one.series)]
+        found = [s for s in found if any(f.patient == one.patient for f in s.frames)]
     if not found:
         if broken:
             raise InputError(broken[0].what, broken[0].reason, broken[0].hint)
@@ -205,19 +204,39 @@ def select(path: str | os.PathLike, series: str | None = None) -> Series:
         raise UsageError("--series", f"{series!r} is none of {told}", "a number, a UID or part of a description")
     told = "; ".join(_names(chosen, Path(path)))
     what = f"holds {len(chosen)} series: {told}" if series is None else f"{series!r} fits {len(chosen)} series: {told}"
-    told_apart = len({s.number for s in chosen}) == len(chosen)
-    hint = "choose one with --series NUMBER" if told_apart else "choose one with --series UID"
-    folders = {os.path.relpath(s.frames[0].path.parent, path) for s in chosen}
-    if not told_apart and len(folders) == len(chosen) and "." not in folders:
-        named = " ".join(os.path.join(path, folder) for folder in sorted(folders)[:NAMED])
-        hint += f", or name the sub-folders, each for a result of its own: {named}"
-    raise UsageError(path, what, hint)
+    by_number, by_uid = len({s.number for s in chosen}) == len(chosen), len({s.uid for s in chosen}) == len(chosen)
+    ways = [f"choose one with --series {'NUMBER' if by_number else 'UID'}"] * (by_number or by_uid)
+    if not by_number and (named := _folders_of(chosen, Path(path))):
+        ways.append(f"name the sub-folders, each for a result of its own: {named}")
+    raise UsageError(path, what, ", or ".join(ways) or "move the images of one of them to a folder of its own")
+
+
+def _folders_of(chosen: Sequence[Series], root: Path) -> str:
+    """The highest folders below ``root`` that hold one of the series each, as words of a call; nothing where there are
+    none. Results are named after them."""
+    places = [s.frames[0].path.parent.relative_to(root).parts for s in chosen]
+    apart: set[tuple[str, ...]] = set()
+    for depth in range(1, max(map(len, places)) + 1):
+        above = {parts[:depth] for parts in places}
+        if len(above) < len(places) or () in above:
+            continue
+        apart = apart or above
+        if len({parts[-1] for parts in above}) == len(places):
+            apart = above
+            break
+    else:
+        if not apart:
+            return ""
+    alike = len({parts[-1] for parts in apart}) < len(apart)
+    named = sorted(str(root.joinpath(*parts)) for parts in apart)
+    words = " ".join(named[:NAMED]) + " ..." * (len(named) > NAMED)
+    return words + " (with an output folder each: their names are alike)" * alike
 
 
 def _names(found: Sequence[Series], root: Path) -> list[str]:
-    """Each series in words, with more of them where two would read alike."""
-    same = Counter((s.number, s.description) for s in found)
-    return [s.apart(root) if same[s.number, s.description] > 1 else str(s) for s in found]
+    """Each series in words, with more of them where its number does not tell it from the others."""
+    same = Counter(s.number for s in found)
+    return [s.apart(root) if same[s.number] > 1 else str(s) for s in found]
 
 
 def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str | None) -> Series:
@@ -249,12 +268,17 @@ def sha256(path: str | os.PathLike, series: str | None = None) -> str:
 
 
 def _grouped(frames: Sequence[Frame], damaged: Sequence[DamagedFile]) -> list[Series]:
-    """Series by UID, and by number where files of one UID have several; copies of an image are left out."""
-    groups: dict[tuple[str, str], list[Frame]] = defaultdict(list)
+    """Series by UID, and by number and patient where files of one UID have several, as some archives and anonymisers
+    write them; copies of an image are left out."""
+    patients: dict[tuple[str, str], set[str]] = defaultdict(set)
     for frame in frames:
-        groups[frame.uid, frame.series].append(frame)
+        patients[frame.uid, frame.series].add(frame.patient)
+    groups: dict[tuple[str, str, str], list[Frame]] = defaultdict(list)
+    for frame in frames:
+        several = len(patients[frame.uid, frame.series] - {""}) > 1  # a file may lack its patient
+        groups[frame.uid, frame.series, frame.patient if several else ""].append(frame)
     found = []
-    for (uid, number), group in groups.items():
+    for (uid, number, _), group in groups.items():
         kept, copies = _without_copies(group)
         told: tuple[str, ...] = ()
         if copies:

@@ -71,7 +71,9 @@ def find_images(
         path, other = clashes[0]
         others = some([one_line(str(path)) for path, _ in clashes[1:]], NAMED)
         more = f", and so would {len(clashes) - 1} more: {others}" if others else ""
-        hint = "outputs are named after the image: use one output folder for each, or name the folder that holds both"
+        hint = "outputs are named after the image: use one output folder for each"
+        if not dicom.is_dicom(path):  # a folder of several DICOM series is no list of them
+            hint += ", or name the folder that holds both"
         if path.parent == other.parent:
             hint = "their names differ in the ending alone: name the one that you mean, or rename one"
         raise UsageError(path, f"would write to the same files as {one_line(str(other))}{more}", hint)
@@ -96,7 +98,9 @@ def _series_of(image: Image) -> Hashable | None:
         frames = [] if image.path.is_dir() or not dicom.is_dicom(image.path) else read_frames(image.path)
     except (FastsrganError, OSError, ValueError):
         return None  # reading it says what is wrong
-    return (image.path.parent, frames[0].uid, frames[0].series, image.series) if len(frames) == 1 else None
+    if len(frames) != 1:
+        return None
+    return image.path.parent, frames[0].uid, frames[0].series, frames[0].patient, image.series
 
 
 def _inside(folder: Path, out: Path) -> list[Image]:

@@ -201,7 +201,7 @@ def way_out(values: Sequence[int]) -> str:
 def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
     """Raise InputError for a label map of several structures of which none was chosen."""
     if sum(map(bool, values)) > 1:
-        raise InputError(what, f"the label holds several structures, the values {_shown(values)}", CHOOSE)
+        raise InputError(what, f"holds several structures, the values {_shown(values)}", CHOOSE)
 
 
 def _shown(values: Sequence[int]) -> str:

@@ -51,6 +51,8 @@ _OTHER_FORMATS = (
     (0, b"ObjectType", "a MetaImage header"),
     (0, b"NDims", "a MetaImage header"),
     (0, b"# === DATA DESCRIPTION FILE", "a Philips PAR file"),
+    (0, b"\ntype", "an AFNI header"),
+    (0, b"MATRIX7", "an ECAT file"),
     (0, b"\x89PNG", "a PNG picture"),
     (0, b"\xff\xd8\xff", "a JPEG picture"),
     (0, b"II*\x00", "a TIFF picture"),
@@ -71,13 +73,16 @@ WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "an HDF5 or MINC file": "mnc2nii or mri_convert makes NIfTI of MINC",
     "a NetCDF or MINC file": "mnc2nii or mri_convert makes NIfTI of MINC",
     "a Philips PAR file": "dcm2niix makes NIfTI of PAR and REC",
-    "a zip archive": "unpack it with unzip, and name the image in it",
+    "an AFNI header": "3dAFNItoNIFTI makes NIfTI of HEAD and BRIK",
+    "an ECAT file": "mri_convert makes NIfTI of it",
+    "a zip archive": "unpack it with unzip, and name the image in it; save a table of a spreadsheet as .csv",
     "a tar archive": "unpack it with tar -xf, and name the image in it",
     "a gzip file within a gzip file": "unpack it once with gunzip",
     "a bzip2 file": "unpack it with bunzip2",
     "an xz file": "unpack it with unxz",
     "a zstd file": "unpack it with unzstd",
 }
+_DATA_FILES = {(".brik", ".brik.gz"): "an AFNI header", (".rec",): "a Philips PAR file"}  # which have no mark
 
 ENDINGS = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")  # of NIfTI, the longest first
 
@@ -191,8 +196,14 @@ def _way_of_unknown(path: Path, head: bytes) -> str:
     likely a list of images, under one that `infer` does not take for a list, or within another list."""
     if path.name.lower().endswith(ENDINGS):
         return "a .nii or .nii.gz file"
+    for endings, kind in _DATA_FILES.items():
+        if path.name.lower().endswith(endings):
+            return WAYS[kind]
     if head.decode("utf-8", "ignore").replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
-        return "a list of images ends in .txt, .csv or .tsv and is named to infer itself, not in another list"
+        return (
+            "a list of images ends in .txt, .csv or .tsv and is named to infer itself, not in another list; "
+            "convert any other file to .nii.gz"
+        )
     return "NIfTI, FreeSurfer MGH, NRRD, MetaImage and DICOM are read: convert it to .nii.gz first"
 
 

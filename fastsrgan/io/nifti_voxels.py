@@ -12,7 +12,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -148,6 +148,12 @@ def no_such_file(path: Path) -> InputError:
         return InputError(path, *pointer)
     if str(path).startswith("~"):
         return InputError(path, "no such file", "~ is not the home folder within quotes: write the whole path")
+    if set(path.name) & set("*?[") and path.parent.is_dir():
+        return InputError(path, "no such file", "the shell fills in patterns without quotes; or name the folder")
+    name = path.name.lower()
+    with suppress(OSError, ValueError):  # packed, unpacked or in other letters; another subject's is no such name
+        if near := [n for n in os.listdir(path.parent) if n.lower().removesuffix(".gz") == name.removesuffix(".gz")]:
+            return InputError(path, "no such file", f"did you mean {min(near)}?")
     return InputError(path, "no such file", "check the path")
 
 

@@ -130,9 +130,12 @@ def _way_out(shape: tuple[int, ...], affine_44: np.ndarray, like: Volume, kind: 
         return f"the {kind} has the image's array and no place of its own: {copy_header(kind)}"
     if placeless(like.affine, like.meta.get("orientation", "")) and same:
         return f"the image has the {kind}'s array and no place of its own: {copy_header('image', kind)}"
-    if placeless(affine_44, orientation) and tuple(shape) == tuple(like.data.shape)[::-1] and len(set(shape)) > 1:
+    turned = tuple(shape) == tuple(like.data.shape)[::-1] and not same
+    if turned and placeless(affine_44, orientation):
         return f"the {kind} has the image's array with its axes reversed: transpose it, then {copy_header(kind)}"
     resample = f"resample the {kind} onto the image with nearest neighbour"
+    if turned:  # under the image's header, as of an array that SimpleITK gave NumPy
+        return f"{resample}; if it is the image's array with its axes reversed, transpose it, then {copy_header(kind)}"
     return f"{resample}; if it was drawn on this very array, {copy_header(kind)}" if same else resample
 
 
