@@ -313,7 +313,7 @@ def _run(
                 pace = raw / 1e6 / max(time.monotonic() - began, 1e-9)
                 progress.advance(mb_per_s=pace, failed=len(failed))
     except BaseException:
-        with contextlib.suppress(FastsrganError):
+        with contextlib.suppress(OSError, FastsrganError):
             writer.finish(complete=False)
         raise
     finally:

@@ -392,6 +392,27 @@ def test_a_disk_that_is_full_at_the_first_volume_leaves_no_store(tmp_path, monke
     assert not (tmp_path / "store").exists() and not list((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("way", ["overwrite", "resume", "resume unread"])
+def test_a_store_that_may_not_be_changed_in_part_stays_whole(tmp_path, monkeypatch, way):
+    """``--overwrite`` took the manifest and the other subjects away before it met the folder of another user;
+    ``--resume`` called a subject that it may not read damaged, and left it out of the manifest."""
+    table, access = cohort(tmp_path, 3), os.access
+    convert(table, tmp_path / "store")
+    before = tree(tmp_path / "store")
+    if way == "resume":  # it is to be written again
+        nifti_files.write(tmp_path / "s1.nii.gz", head(9), AFFINE)
+    closed, denied = tmp_path / "store" / "s1" / "image", os.R_OK if way == "resume unread" else os.W_OK
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (path == closed and mode & denied))
+    told = "cannot be read" if way == "resume unread" else "cannot be replaced"
+    with pytest.raises(ResourceError, match=f"s1/image: {told} .check its permissions"):
+        convert(table, tmp_path / "store", overwrite=way == "overwrite", resume=way != "overwrite")
+    assert len(open_store(tmp_path / "store").subjects) == 3 and open_store(tmp_path / "store").verify() == []
+    assert {name: data for name, data in tree(tmp_path / "store").items() if name != "manifest.json"} == {
+        name: data for name, data in before.items() if name != "manifest.json"
+    }
+
+
 # --- the same store, however it was reached -----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 
@@ -156,6 +157,25 @@ def test_a_scan_that_was_changed_since_makes_no_baseline(folders, caplog):
     write_json(out / "b_lr.json", {"input": said["input"] | {"sha256": "0"}})
     result = evaluate_cohort.evaluate_folders(out, truth)
     assert not any("baseline" in row for row in result["rows"]) and "was changed since" in caplog.text
+
+
+@pytest.mark.fault(15, 25)
+def test_a_scan_that_may_not_be_read_makes_no_baseline_and_stops_nothing(folders, caplog, monkeypatch):
+    """It ended the evaluation of all others."""
+    out, truth = folders
+    scan = json.loads((out / "b_lr.json").read_text())["input"]["path"]
+    access, read = os.access, evaluate_cohort.images.sha256
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != scan and access(path, mode))
+
+    def refused(path):
+        if str(path) == scan:
+            raise InputError(path, "cannot be read: Permission denied", "check the path and its permissions")
+        return read(path)
+
+    monkeypatch.setattr(evaluate_cohort.images, "sha256", refused)
+    result = evaluate_cohort.evaluate_folders(out, truth)
+    assert len(result["rows"]) == 3 and not any("baseline" in row for row in result["rows"])
+    assert f"b_lr: its input {scan} may not be read, no baseline" in caplog.text
 
 
 def test_folders_that_cannot_be_used_say_why(folders, tmp_path):

@@ -108,6 +108,16 @@ def test_a_cut_file_is_told(tmp_path, name):
     assert "truncated" in str(error.value) or "damaged" in str(error.value)
 
 
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("keep", (4, 10, 89))
+def test_an_mgh_header_that_ends_early_is_truncated(tmp_path, keep):
+    """It was said to be no MGH file but an MGH file."""
+    nib.save(nib.MGHImage(HEAD, rigid()), tmp_path / "a.mgh")
+    (tmp_path / "a.mgh").write_bytes((tmp_path / "a.mgh").read_bytes()[:keep])
+    with pytest.raises(InputError, match=f"a.mgh: truncated: {keep} bytes where the header alone needs 90 "):
+        images.load(tmp_path / "a.mgh")
+
+
 def damage(path, at, flip=0xFF):
     held = bytearray(path.read_bytes())
     held[at] ^= flip

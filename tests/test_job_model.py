@@ -461,6 +461,36 @@ def test_of_a_failure_the_first_is_told_and_its_name_given_back(told, tmp_path, 
     assert sorted(p.name for p in folder.glob("*.json")) == ["fastsrgan_b.json"]
 
 
+@pytest.mark.fault(24, 26)
+@pytest.mark.parametrize("before", ["nothing", "another result"])
+def test_a_result_that_ends_between_its_images_is_made_anew(tmp_path, model, monkeypatch, capsys, before):
+    """The image that was written was taken for a result of the original, or stood beside another under the record of
+    the result that was to be replaced: "there before, kept"."""
+    scan(tmp_path / "a.nii.gz")
+    listing, folder = table(tmp_path, "a.nii.gz"), tmp_path / RESULT / "patch_16_step_8"
+    network = build_generator(GeneratorSpec(kernel=1), seed=7)
+    first = weights.save_generator(tmp_path / "first.safetensors", network)
+    assert run(listing, model, name="whole") == 0
+    if before != "nothing":
+        assert run(listing, first) == 0
+    save = job.compat.images.save
+
+    def full(path, *rest, **more):
+        if "Cortex" in path.name:
+            raise OSError(28, "No space left on device")
+        return save(path, *rest, **more)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(job.compat.images, "save", full)
+        assert run(listing, model, "--overwrite") == 5
+    capsys.readouterr()
+    assert "outputs" not in json.loads((folder / "fastsrgan.json").read_text(encoding="utf8"))
+    assert run(listing, model, "--json") == 0 and items(capsys)[0]["status"] == "done"
+    for kind in ("SR", "Cortex"):
+        name = f"{kind}_patch_16_step_8.nii.gz"
+        assert (folder / name).read_bytes() == (tmp_path / "Result_with_whole" / folder.name / name).read_bytes()
+
+
 def test_an_error_without_words_is_told_by_its_kind(monkeypatch):
     def broken(*args):
         raise AssertionError

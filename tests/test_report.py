@@ -859,6 +859,29 @@ def test_a_damaged_record_is_named_and_the_others_shown(tmp_path, capsys):
     assert "scan.json: is damaged or no JSON object" in err
 
 
+@pytest.mark.fault(25)
+def test_what_may_not_be_read_is_not_called_damaged_or_changed(results, tmp_path, capsys, monkeypatch):
+    """A record was "damaged or no JSON object", and the input "not the file that the result was made of"."""
+    shutil.copytree(results, tmp_path / "out")
+    (tmp_path / "out" / "other.json").write_text('{"a": 1}', encoding="utf8")
+    closed = {tmp_path / "out" / "other.json"}
+    closed.add(Path(json.loads((results / "scan.json").read_text(encoding="utf8"))["input"]["path"]))
+    access, read = os.access, Path.read_bytes
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in closed and access(path, mode))
+
+    def refused(path):
+        if path in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    code, _, err = call(capsys, "report", tmp_path / "out")
+    assert code == 0 and "other.json: is damaged or closed by its permissions, left out" in err
+    assert "may not be read, by its permissions, and is not shown" in err and "is not the file" not in err
+    with pytest.raises(InputError, match="it is damaged or closed by its permissions"):
+        find(tmp_path / "out" / "other.json")
+
+
 def test_the_command_writes_and_names_the_page(several, tmp_path, capsys):
     assert cli.main(["report", str(several[0]), "-o", str(tmp_path / "a.html"), "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "a.html")

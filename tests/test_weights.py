@@ -173,8 +173,25 @@ def test_what_exists_is_kept(tmp_path):
         with pytest.raises(UsageError, match="exists already"):
             convert(PLAIN, target)
         assert target.read_bytes() == b"precious"
-    weights.import_keras(PLAIN, target, overwrite=True)
-    assert equal_networks(weights.load_generator(target), weights.load_generator(PLAIN))
+        with pytest.raises(UsageError, match="is no weight file, it is kept"):
+            convert(PLAIN, target, overwrite=True)
+        assert target.read_bytes() == b"precious"
+    for before in (b"", PLAIN.read_bytes()):
+        target.write_bytes(before)
+        weights.import_keras(PLAIN, target, overwrite=True)
+        assert equal_networks(weights.load_generator(target), weights.load_generator(PLAIN))
+
+
+def test_weights_are_not_written_over_what_they_are_made_of(tmp_path):
+    """``weights import FILE FILE --overwrite`` put safetensors in the place of the original's file."""
+    source, native = tmp_path / "a.h5", tmp_path / "a.safetensors"
+    source.write_bytes(PLAIN.read_bytes())
+    weights.import_keras(source, native)
+    for convert, path in ((weights.import_keras, source), (weights.export_keras, native)):
+        before = path.read_bytes()
+        with pytest.raises(UsageError, match="is an input and would be overwritten"):
+            convert(path, path, overwrite=True)
+        assert path.read_bytes() == before
 
 
 def test_import_takes_keras_files_only(tmp_path):

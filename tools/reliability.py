@@ -49,7 +49,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     7: (
         "4-D, 5-D, RGB, complex",
-        "a series of one is a volume; of many: 3, the hint names `infer --volume`; others 3",
+        "a series of one is a volume; of many: 3, the hint names `infer --volume`, of a table's image that the series "
+        "is to be split; others 3",
         "",
     ),
     8: ("sform and qform differ, or neither is set", "a warning names the choice; the record carries it", ""),
@@ -88,8 +89,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     23: ("newest snapshot damaged", "checksum fails: the one before, with a warning", ""),
     24: (
         "full disk",
-        "5, `no space left`; temporary files removed, last good kept; room is asked for before the work, and "
-        "before each subject of a store; `evaluate` keeps its figures where its pictures do not fit",
+        "5, `no space left`; temporary files removed, last good kept; `convert`, `infer` and `train` ask for room "
+        "before the work, and a store before each subject; `evaluate` keeps its figures where its pictures do not fit",
         "a limit on the size of a file (RLIMIT_FSIZE), told as such; calls that raise ENOSPC; the answer on free room",
     ),
     25: (
@@ -125,7 +126,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     32: (
         "store or snapshot of a newer format",
         "4; a store: `made by X, needs >= Y`; a snapshot: its format and the newest that is read, also "
-        "where an older one would do; `verify`, 3, lists it",
+        "where an older one would do, and `verify` of its run, 3, lists it",
         "",
     ),
     33: (
@@ -180,9 +181,10 @@ TOP = """# Reliability
 
 Made by `python tools/reliability.py` from the tests, which make each fault themselves; a test says when this page is
 out of date. `pytest -m fault` runs them. Codes are public: "Words and codes" in the [README](../README.md). An error
-is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do; after a signal it
-is `error: interrupted` or `error: stopped: by SIGTERM`; a training that a signal stops in its loop has no error: its
-summary says so. Nothing half-written has its final name, but for files of a
+is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do; after Ctrl-C it is
+`error: interrupted`, after SIGTERM or SIGUSR1 `error: stopped: by` and its name; a training that one of these stops in
+its loop has no error: its summary says so. SIGHUP, as of a terminal that is closed, ends a command as SIGKILL does.
+Nothing half-written has its final name, but for files of a
 subject in a store, which count once the manifest names it, what grows line by line (a run's log and the events for
 TensorBoard), and the record of `job-model`, which holds its place while the image is computed.
 What the commands say, word for word: [errors.md](errors.md). Untrusted files: [SECURITY.md](../SECURITY.md).
@@ -209,7 +211,7 @@ on time and memory. A case may end in success or in a one-line error.
 Where atheris is installed (`pip install atheris`) the damage is drawn from inputs that grow by the code they reach;
 elsewhere by number alone. `ENGINE=plain` or `ENGINE=atheris` chooses.
 `make test` reads the first cases of each target. Runs are listed as they ended; what each found was corrected since,
-and is a test in `tests/test_faults_fuzz.py`. The files that a finding names are called as they were then.
+and is a test that says "Found as". The files that a finding names are called as they were then.
 """
 
 MUTANTS = """

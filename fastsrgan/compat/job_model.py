@@ -205,7 +205,7 @@ def _run(tasks: list[Task], setup: _Setup) -> list[dict[str, Any]]:
                     items.append(item | _one(task, tag, loaded[1], setup))
                 except BaseException:
                     held.close()  # the lock lies in the folder, which goes where it is empty
-                    _release(task, tag)
+                    _release(task, tag, setup)
                     raise
         except Exception as error:
             if len(tasks) == 1:
@@ -220,6 +220,7 @@ def _one(task: Task, tag: str, image: Volume, setup: _Setup) -> dict[str, Any]:
     tiles |= {"by_batch": setup.by_batch, "label": f"{task.image.name} {task.folder.name}", "progress": setup.progress}
     result = compat.apply(image, setup.generator, **tiles, **setup.settings)
     outputs = {kind: task.folder / task.name(kind, tag) for kind in setup.kinds}
+    write_json(task.record(tag), {"image": setup.name(task.image)})  # of an earlier result it would stand for this one
     compat.write(outputs, result, image)
     record = _identity(task, setup)
     record |= {"outputs": {kind: path.name for kind, path in outputs.items()}, "report": result.report}
@@ -296,10 +297,12 @@ def _finished(task: Task, tag: str, setup: _Setup) -> bool:
     return all((task.folder / task.name(kind, tag)).exists() for kind in setup.kinds)
 
 
-def _release(task: Task, tag: str) -> None:
-    """Give a name back whose results could not be made; an empty folder is removed, as by the original."""
+def _release(task: Task, tag: str, setup: _Setup) -> None:
+    """Give a name back whose results could not be made; an empty folder is removed, as by the original. Where an image
+    of them is there the name is kept: without its record it would be taken for a whole result of the original."""
     with contextlib.suppress(OSError):
-        if "outputs" not in _read(task, tag):
+        some = any((task.folder / task.name(kind, tag)).exists() for kind in setup.kinds)
+        if "outputs" not in _read(task, tag) and not some:
             task.record(tag).unlink()
             task.folder.rmdir()
             task.folder.parent.rmdir()

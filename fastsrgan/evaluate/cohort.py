@@ -49,7 +49,7 @@ REQUIRED = ("SR_image", "HR_image")
 TRUTH = ("", "_hr", "_HR")
 LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
-CHANGED, GONE = "was changed since", "is not there"  # why an input makes no baseline
+CHANGED, GONE, CLOSED = "was changed since", "is not there", "may not be read"  # why an input makes no baseline
 _LOW = re.compile(r"_(lr|LR)$")
 _MODALITY = re.compile(rf"_({'|'.join(SUFFIXES)})$")
 
@@ -60,7 +60,7 @@ class Item:
 
     ``fault`` is set where the files could not be found; ``classes`` where it says itself what of its label is scored;
     ``segmented`` where the result has a segmentation, whether there is a label to score it by or not; ``unused`` : the
-    input that the result's record names, where it cannot make a baseline, and why (``CHANGED`` or ``GONE``).
+    input that the result's record names, where it cannot make a baseline, and why (``CHANGED``, ``GONE``, ``CLOSED``).
     """
 
     subject: str
@@ -263,7 +263,7 @@ def _match(
 
 
 def low_resolution(record: dict[str, Any]) -> tuple[Path | None, tuple[str, str] | None]:
-    """The image that a result's record names as its input; where it is gone or was changed since None, and
+    """The image that a result's record names as its input; where it is gone, closed or was changed since None, and
     ``Item.unused``."""
     try:
         path, digest = Path(record["input"]["path"]), record["input"]["sha256"]
@@ -271,6 +271,8 @@ def low_resolution(record: dict[str, Any]) -> tuple[Path | None, tuple[str, str]
         return None, None
     if not os.path.isfile(path):  # also DICOM folders, whose grid may be another after conversion
         return None, (str(path), GONE)
+    if not os.access(path, os.R_OK):
+        return None, (str(path), CLOSED)
     if images.sha256(path) != digest:
         return None, (str(path), CHANGED)
     return path, None
@@ -307,7 +309,7 @@ def evaluate_items(
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
     labels.refuse_lost(_chosen(items, choice))
-    shared = told_shared(items) + told_unused(items, CHANGED)
+    shared = told_shared(items) + told_unused(items, CHANGED) + told_unused(items, CLOSED)
     for line in () if beside else shared:
         log.warning(line)
     pictures: dict[str, Path] = {}

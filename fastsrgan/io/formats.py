@@ -116,8 +116,11 @@ def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
     """Header of an .mgh or .mgz file; the affine is the one that nibabel and FreeSurfer (vox2ras) give."""
     with open_stream(path) as stream:
         head = stream.read(FORMAT_BYTES)
-    if len(head) < _MGH_HEADER or struct.unpack(">i", head[:4]) != (1,):
+    if head[:4] != struct.pack(">i", 1):
         raise nifti_check.not_this(path, "a FreeSurfer MGH file", head)
+    if len(head) < _MGH_HEADER:
+        told = f"truncated: {len(head)} bytes where the header alone needs {_MGH_HEADER}"
+        raise InputError(path, told, COPY_AGAIN)
     head = head[:_MGH_HEADER]
     *sizes, kind, _, placed = struct.unpack(">6ih", head[4:30])
     if min(sizes) < 1:

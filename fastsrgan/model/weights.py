@@ -215,7 +215,7 @@ def import_keras(source: str | os.PathLike, target: str | os.PathLike, *, overwr
     found = _resolve(source)
     if found.kind != "keras":
         raise ModelError(source, "no Keras HDF5 file", "it can be used with --weights as it is")
-    target = _free(target, overwrite)
+    target = _free(target, overwrite, found.file)
     generator = load_generator(source)
     critic = load_critic(source) if read_spec(source)[1] else None
     card = {"converted_from": found.file.name, "converted_sha256": checkpoint.sha256(found.file)}
@@ -235,7 +235,7 @@ def export_keras(
     from fastsrgan.model import keras as keras_h5
 
     found = _resolve(source)
-    target = _free(target, overwrite)
+    target = _free(target, overwrite, found.file)
     networks: list[tuple[Any, Any]] = [_generator_parameters(found, ema)]
     critic = _header(found).critic
     if critic is not None:
@@ -245,10 +245,20 @@ def export_keras(
     return keras_h5.write(target, *networks)
 
 
-def _free(target: str | os.PathLike, overwrite: bool) -> Path:
+def _free(target: str | os.PathLike, overwrite: bool, source: Path) -> Path:
+    """A place for a weight file. Raises UsageError where something stands that is not to be replaced: without
+    ``overwrite`` anything, else the source and what is no weight file."""
     path = output_file(target)
     if path.exists() and not overwrite:
         raise UsageError(path, "exists already and is kept", "--overwrite, or another name")
+    if path.exists() and path.samefile(source):
+        raise UsageError(path, "is an input and would be overwritten", "name another file")
+    try:
+        known = not path.exists() or path.stat().st_size == 0 or bool(_sniff(path))
+    except ModelError:
+        known = False
+    if not known:
+        raise UsageError(path, "exists already and is no weight file, it is kept", "name another file, or remove it")
     return path
 
 

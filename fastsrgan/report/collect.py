@@ -117,7 +117,7 @@ def find(
     if not found.results and found.run is None and not found.studies:
         raise InputError(path, f"holds no result, run or study{_of_damage(damaged, path)}", HINT)
     for name in damaged:
-        log.warning("%s: is damaged or no JSON object, left out", name)
+        log.warning("%s: is %s, left out", name, _wrong_with(name))
     return found
 
 
@@ -165,8 +165,14 @@ def _of_damage(damaged: Sequence[Path], path: Path) -> str:
     if not damaged:
         return ""
     if path in damaged:
-        return ": it is damaged or no JSON object"
-    return f"; damaged or no JSON object: {some([p.name for p in damaged], NAMED)}"
+        return f": it is {_wrong_with(path)}"
+    return f"; {_wrong_with(*damaged)}: {some([p.name for p in damaged], NAMED)}"
+
+
+def _wrong_with(*paths: Path) -> str:
+    """Why ``read_json`` makes nothing of some files."""
+    open_ = all(os.access(path, os.R_OK) for path in paths)
+    return "damaged or no JSON object" if open_ else "damaged or closed by its permissions"
 
 
 def is_record(document: Any) -> bool:

@@ -6,6 +6,7 @@ import base64
 import colorsys
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,6 +98,9 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
         if path is None:
             if kind in ("sr", "seg", "input") or isinstance(result.record["outputs"].get(kind), str):
                 tell(kind, f"{name} is no longer there and is not shown")
+            return None
+        if kind == "input" and not os.access(path, os.R_OK):
+            tell(kind, f"{name} {path} may not be read, by its permissions, and is not shown")
             return None
         if kind == "input" and not _unchanged(path, series, result.record["input"].get("sha256")):
             tell(kind, f"{name} {path} is not the file that the result was made of, and is not shown")

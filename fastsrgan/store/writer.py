@@ -19,7 +19,7 @@ import numpy as np
 
 from fastsrgan._version import __version__
 from fastsrgan.core.files import LOCK, finite, mapping, need_space, parse_json, write_error
-from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError, counted
+from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, counted
 from fastsrgan.store.codec import CHUNK, encoded, group_bytes
 from fastsrgan.store.files import (
     FORMAT,
@@ -92,7 +92,11 @@ class StoreWriter:
             return {name: subject_of(name, record) for name, record in self._manifest["subjects"].items()}
 
     def intact(self, subject_id: str) -> bool:
-        """Whether every file of a listed subject holds what was written; behind a URL only sizes are compared."""
+        """Whether every file of a listed subject holds what was written; behind a URL only sizes are compared.
+
+        Raises ResourceError where a folder of it may not be read.
+        """
+        self._demand(subject_id, os.R_OK | os.X_OK, "cannot be read")
         files = self._manifest["subjects"][subject_id]["files"]
         sizes = self._keys.sizes(subject_id)
         if any(sizes.get(key) != size for key, (size, _) in files.items()):
@@ -143,6 +147,7 @@ class StoreWriter:
             "arrays": {name: {"dtype": a.dtype.name, **described.get(name, {})} for name, a in arrays.items()},
         }
         self.need_space(sum(a.nbytes for a in arrays.values()) + 2 * CHUNK**3)  # before anything is created
+        self._demand(subject_id, os.R_OK | os.W_OK | os.X_OK, "cannot be replaced")  # it is still listed, and whole
         self._prepare()
         self._unlist(subject_id)
         try:
@@ -197,6 +202,9 @@ class StoreWriter:
                 reason = f"exists and is no fastsrgan store (it holds {strange[0]})"
                 raise UsageError(self.url, reason, "choose another folder")
             return fresh
+        if overwrite:
+            for subject_id in found["subjects"]:  # before any of them is gone
+                self._demand(subject_id, os.R_OK | os.W_OK | os.X_OK, "cannot be replaced")
         if overwrite or not found["subjects"]:
             return fresh
         if not resume:
@@ -206,6 +214,15 @@ class StoreWriter:
             told = ", ".join(f"{k} {found['settings'].get(k)}, not {v}" for k, v in settings.items())
             raise UsageError(self.url, f"was made with {told}", "use the same settings, or --overwrite")
         return found
+
+    def _demand(self, subject_id: str, rights: int, reason: str) -> None:
+        """ResourceError for a folder of a subject that lacks rights (``os.access``); behind a URL none is known."""
+        top = self._keys.root and self._keys.root / subject_id
+        if not top or not top.is_dir():
+            return
+        for folder in (top, *(Path(where) for where, *_ in os.walk(top))):
+            if not os.access(folder, rights):
+                raise ResourceError(folder, reason, "check its permissions, or convert into another folder")
 
     def _prepare(self) -> None:
         """Before the first write: clear what is to be replaced, then an empty manifest and the root group."""
