@@ -254,8 +254,14 @@ def main(argv: Sequence[str]) -> str:
     parser.add_argument(
         "--copy", type=float, metavar="BYTES", help="ceiling of copies, bytes read and written a second"
     )
-    for name, default in (("kernel", 16), ("critic-kernel", 32), ("patch", 64), ("batch", 16), ("critics", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    for name, default, text in (
+        ("kernel", 16, "channels of the generator's first convolution"),
+        ("critic-kernel", 32, "channels of the critic's first convolution"),
+        ("patch", 64, "edge of a patch in voxels"),
+        ("batch", 16, "patches at a time"),
+        ("critics", 5, "critic updates per generator update"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
     args = parser.parse_args(argv)
     if (args.matmul is None) != (args.copy is None):
         parser.error("--matmul and --copy belong together")
