@@ -10,12 +10,11 @@ import numpy as np
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.io.output_place import BY_EVALUATE
-from fastsrgan.pictures.axes import axis_range
+from fastsrgan.pictures.axes import MINUS, axis_range
 from fastsrgan.pictures.figure import as_written, new_figure
 
 POINT, LINE = "#0072b2", "#595959"
 LIMITS = 1.96  # sample standard deviations
-MINUS = "−"  # of the axes of matplotlib
 WORDS = 0.06  # of a panel's height, between two lines with words
 
 
