@@ -67,8 +67,8 @@ the floor. `left`: `at best` over `floor`.
 What the compiled generator moves is counted by `python -m bench traffic` (k 16, batch 16, 64^3, bfloat16), each array
 that a kernel reads or writes once. The budgets are 200 MB per patch for a forward pass alone and 600 MB for the forward
 and backward pass of a training step; tests/test_gpu_forms.py asks for both with one of the six blocks. It counted
-169.9 MB for a forward pass alone and 519.0 MB for forward and backward (186.7 and 332.3), in 305 kernels, with torch
-2.13.0; these figures are typed from its output, not made with this page.
+169.9 MB for a forward pass alone and, in a training step, 186.7 MB forward and 332.3 MB backward, together 519.0 MB in
+305 kernels, with torch 2.13.0; these figures are typed from its output, not made with this page.
 
 Emulated: the compiler's passes and its plan of kernels, made for a CPU with the options, forms and layouts of CUDA
 (oneDNN's rule of layouts stands for cuDNN's; that the two are the same is assumed, cuDNN was not run); changes of
