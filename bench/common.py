@@ -399,8 +399,9 @@ def print_row(row: Mapping[str, Any]) -> None:
         return
     _tell(f"{row['name']}  ({gate})")
     rates = {k.removesuffix("_per_second").replace("_", " "): v for k, v in row.items() if k.endswith("_per_second")}
-    sizes = {what: amount(value) if what == "bytes" else f"{brief(value, 4)} {what}" for what, value in rates.items()}
-    rate = "".join(f"  {size}/s" for size in sizes.values())
+    counts = {what: brief(value, 4) if value < 1e4 else f"{value:,.0f}" for what, value in rates.items()}
+    sizes = (amount(value) if what == "bytes" else f"{counts[what]} {what}" for what, value in rates.items())
+    rate = "".join(f"  {size}/s" for size in sizes)
     width = max(24, *(len(name) + 2 for name in row["peers"])) if row["peers"] else 24
     _tell(f"  {'fastsrgan':<{width}}{_times(row)}{rate}")
     for peer, facts in row["peers"].items():

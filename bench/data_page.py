@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import END_TO_END, amount, commit_of, is_quick, marked, other_work
-from fastsrgan.core.files import atomic_write
+from fastsrgan.core.files import atomic_write, read_json
 from fastsrgan.errors import InputError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -265,15 +265,22 @@ def machine(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> str:
-    """``python -m bench project``: the table of cohort sizes."""
-    import json
-
-    parser = argparse.ArgumentParser(prog="python -m bench project", description=projection.__doc__)
-    parser.add_argument("subjects", nargs="*", type=int, default=list(COHORTS), metavar="N", help="cohort sizes")
+    """``python -m bench project``: the table of cohort sizes, of each report with what was measured and where."""
+    text = "storage, traffic and time of cohorts of other sizes, every figure proportional to the measured volume"
+    parser = argparse.ArgumentParser(prog="python -m bench project", description=text)
+    sizes = f"subjects of the cohorts ({' '.join(map(str, COHORTS))})"
+    parser.add_argument("subjects", nargs="*", type=int, default=list(COHORTS), metavar="N", help=sizes)
     parser.add_argument("--json", metavar="FILE", help="of `python -m bench data` (all in bench/results)")
     args = parser.parse_args(argv)
     paths = [Path(args.json)] if args.json else sorted(RESULTS.glob("*/data.json"))
     if min(args.subjects) < 1:
         parser.error("numbers of subjects from 1 up")
-    tables = [projection(json.loads(path.read_text(encoding="utf8")), args.subjects) for path in paths]
+    tables = []
+    for path in paths:
+        report = read_json(path)
+        if "rows" not in report:
+            hint = "`python -m bench data --json FILE` makes one"
+            raise InputError(path, "is not there, or holds no report of a benchmark", hint)
+        table_of_sizes = projection(report, args.subjects)
+        tables.append(f"{machine(report)}\n{table_of_sizes}")
     return "\n".join(tables)

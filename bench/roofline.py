@@ -67,8 +67,8 @@ the floor. `left`: `at best` over `floor`.
 What the compiled generator moves is counted by `python -m bench traffic` (k 16, batch 16, 64^3, bfloat16), each array
 that a kernel reads or writes once. The budgets are 200 MB per patch for a forward pass alone and 600 MB for the forward
 and backward pass of a training step; tests/test_gpu_forms.py asks for both with one of the six blocks. It counted
-169.9 MB for a forward pass alone and 519.0 MB for forward and backward (186.7 and 332.3), in 305 kernels, with torch
-2.13.0; these figures are typed from its output, not made with this page.
+169.9 MB for a forward pass alone and, in a training step, 186.7 MB forward and 332.3 MB backward, together 519.0 MB in
+305 kernels, with torch 2.13.0; these figures are typed from its output, not made with this page.
 
 Emulated: the compiler's passes and its plan of kernels, made for a CPU with the options, forms and layouts of CUDA
 (oneDNN's rule of layouts stands for cuDNN's; that the two are the same is assumed, cuDNN was not run); changes of
@@ -254,8 +254,14 @@ def main(argv: Sequence[str]) -> str:
     parser.add_argument(
         "--copy", type=float, metavar="BYTES", help="ceiling of copies, bytes read and written a second"
     )
-    for name, default in (("kernel", 16), ("critic-kernel", 32), ("patch", 64), ("batch", 16), ("critics", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    for name, default, text in (
+        ("kernel", 16, "channels of the generator's first convolution"),
+        ("critic-kernel", 32, "channels of the critic's first convolution"),
+        ("patch", 64, "edge of a patch in voxels"),
+        ("batch", 16, "patches at a time"),
+        ("critics", 5, "critic updates per generator update"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
     args = parser.parse_args(argv)
     if (args.matmul is None) != (args.copy is None):
         parser.error("--matmul and --copy belong together")

@@ -368,19 +368,22 @@ def main(argv: Sequence[str]) -> str:
     from fastsrgan.core.system import measured_on
 
     parser = argparse.ArgumentParser(prog="python -m bench scale", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--subjects", type=int, nargs="+", default=[40, 1000, 100_000], metavar="N")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], metavar="M")
+    parser.add_argument(
+        "--subjects", type=int, nargs="+", default=[40, 1000, 100_000], metavar="N", help="of the store"
+    )
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], metavar="M", help="of the job")
     parser.add_argument("--hours", type=float, nargs="+", metavar="H", help="how far a run comes in so many hours")
     parser.add_argument("--price", type=float, default=0.0, help="of a device for an hour, in any currency")
     parser.add_argument("--machine", metavar="NAME", help="folder of bench/results that the figures come from")
     parser.add_argument("--step-ms", type=float, help="of an update of one device, where it is not that machine's")
     parser.add_argument("--volume-ms", type=float, help="to make a volume on one thread, likewise")
-    for name in ("batch", "patches", "threads"):
-        parser.add_argument(f"--{name}", type=int, help={"patches": "of a subject"}.get(name, "of a device"))
+    words = {"batch": "patches of an update of one device", "patches": "of a subject in an epoch"}
+    for name, text in (words | {"threads": "of a device that make volumes"}).items():
+        parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--efficiency", type=float, help="of weak scaling, 0 to 1")
     parser.add_argument("--check", action="store_true", help="measure, predict and run epochs on 1 and 2 CPU ranks")
     parser.add_argument("--quick", action="store_true", help="the check in seconds: does it work, not how well")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="of what --check measures (9)")
     parser.add_argument("--json", metavar="FILE", help="write what was checked, or the rows of --hours, here")
     args = parser.parse_args(argv)
     refuse_nonsense(parser, args)

@@ -124,8 +124,13 @@ def generator(kernel: int, patch: int, dtype: torch.dtype, backward: bool, batch
 def main(argv: Sequence[str]) -> str:
     """``python -m bench traffic``."""
     parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__, formatter_class=HelpFormatter)
-    for name, default in (("kernel", 16), ("patch", 64), ("batch", 16), ("largest", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    for name, default, text in (
+        ("kernel", 16, "channels of the generator's first convolution"),
+        ("patch", 64, "edge of a patch in voxels"),
+        ("batch", 16, "patches at a time"),
+        ("largest", 0, "list so many of the kernels that move most"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
     args = parser.parse_args(argv)
     alone, both = (
         generator(args.kernel, args.patch, torch.bfloat16, backward, args.batch) for backward in (False, True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,6 +356,30 @@ def test_every_command_is_in_the_help_and_has_its_own(capsys):
         assert stopped.value.code == 0 and f"bench {' '.join(argv)}".strip() in told
         if not argv:
             assert all(f"\n    {name} " in told for name in (*OPTIONS, *FROM_RESULTS))
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *FROM_RESULTS])
+def test_every_option_of_a_bench_says_what_it_is(monkeypatch, name):
+    """Several had a number as their help, or nothing."""
+    made = []
+
+    def helped(parser, *_):
+        made.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", helped)
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    options = {a.dest: a.help or "" for a in made[0]._actions if a.help != argparse.SUPPRESS}
+    assert [dest for dest, text in options.items() if not re.search("[a-z]{2}", text)] == []
+
+
+def test_a_reader_that_goes_away_ends_a_bench_in_silence():
+    """`python -m bench roofline | head` ended with a traceback."""
+    words = [sys.executable, "-m", "bench", "project", *["1"] * 9999]
+    job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(common.__file__).parents[1])
+    job.stdout.close()
+    assert job.stderr.read() == b"" and job.wait(300) == 0
 
 
 def test_peak_memory_sees_what_is_allocated_and_given_back():

@@ -524,4 +524,9 @@ def test_project_command_reads_a_report(report, tmp_path, capsys):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(report))
     assert main(["project", "7", "--json", str(path)]) == 0
-    assert "| 7 | 56 MB |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| 7 | 56 MB |" in told and told.startswith(data_page.machine(report))  # of which machine it is
+    for name, text in (("none.json", None), ("other.json", "[]")):
+        (tmp_path / name).write_text(text) if text else None
+        assert main(["project", "7", "--json", str(tmp_path / name)]) == 3
+        assert capsys.readouterr().err.count("holds no report of a benchmark (`python -m bench data") == 1

@@ -429,6 +429,7 @@ def test_the_bland_altman_picture_holds_each_subjects_difference(monkeypatch, tm
         mean, sd = (b - a).mean(), (b - a).std(ddof=1)
         assert heights == pytest.approx([0, mean, mean + 1.96 * sd, mean - 1.96 * sd])
         assert [t.get_text().split()[0] for t in axes.texts] == ["mean", "+1.96", "−1.96"]
+        assert "-" not in "".join(t.get_text() for t in axes.texts)  # one kind of minus, that of the axes
 
 
 def test_words_and_numbers_of_a_bland_altman_picture_do_not_lie_on_one_another(monkeypatch, tmp_path):

@@ -402,10 +402,11 @@ def test_bytes_in_a_second_have_a_unit_and_no_rate_an_exponent(capsys):
     """3.084e+09 bytes/s: how many is that?"""
     row = {"name": "n", "max_error": 0.0, "tolerance": 1.0, "passed": True, "peers": {}}
     row |= dict.fromkeys(("seconds_median", "seconds_min", "seconds_max"), 0.5)
-    for facts in ({"bytes_per_second": 3.084e9}, {"tiles_per_second": 10708.3}):
+    for facts in ({"bytes_per_second": 3.084e9}, {"tiles_per_second": 10708.3}, {"voxels_per_second": 2.405e7}):
         common.print_row(row | facts)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].endswith("  3.08 GB/s") and lines[3].endswith("  10708 tiles/s")
+    assert lines[1].endswith("  3.08 GB/s") and lines[3].endswith("  10,708 tiles/s")
+    assert lines[5].endswith("  24,050,000 voxels/s")
 
 
 def test_lines_of_a_row_keep_to_a_terminal(capsys, monkeypatch):

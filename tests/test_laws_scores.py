@@ -663,9 +663,9 @@ def test_a_map_of_errors_shows_both_differences_under_their_titles(monkeypatch, 
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b""))[1])
     hr = Volume(np.full((12, 14, 10), 100, np.float32), np.eye(4))
     sr, base = Volume(hr.data + 2, np.eye(4)), Volume(hr.data - 7, np.eye(4))
-    error_map.error_map(tmp_path / "a.png", sr, hr, base, "spline", ("of SR", "of it"))
+    error_map.error_map(tmp_path / "a.png", sr, hr, base, "spline", ("of SR (-1 dB)", "of it"))
     axes = drawn[0].axes[:12]
-    assert [a.get_title() for a in axes[:4]] == ["SR", "truth", "SR - truth\nof SR", "spline - truth\nof it"]
+    assert [a.get_title() for a in axes[:4]] == ["SR", "truth", "SR − truth\nof SR (−1 dB)", "spline − truth\nof it"]
     assert [a.get_ylabel() for a in axes[::4]] == ["axial", "coronal", "sagittal"]
     middle = [a.images[0].get_array()[5, 5] for a in axes]
     assert middle == [102, 100, 2, -7] * 3

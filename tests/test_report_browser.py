@@ -377,3 +377,22 @@ def test_captions_of_panes_stand_on_a_ground_of_their_own(tab, folder):
     grounds = tab.ask(find)
     alphas = [float(re.fullmatch(r"rgba\(0, 0, 0, ([0-9.]+)\)", ground)[1]) for ground in grounds]
     assert len(alphas) > 4 and min(alphas) >= 0.5
+
+
+def test_on_a_phone_captions_stand_above_panes_of_half_its_width(tab, folder):
+    """Three lines of them hid the top of a picture of 160 pixels."""
+    tab.look(390, 844, mobile=True, scale=2)
+    shown(tab, folder / "one" / "out" / "report.html", "#canvas")
+    over = """[...document.querySelectorAll('.pane')].filter(p => p.clientWidth < 200)
+        .map(p => [...p.children].map(c => c.getBoundingClientRect()))
+        .map(([words, image]) => image.top - words.bottom)"""
+    square = """[...document.querySelectorAll('.pane .holder')].map(h => h.getBoundingClientRect())
+        .map(b => b.width - b.height)"""
+    found = {}
+    for way in ("wipe", "side"):
+        tab.ask(f"document.querySelector('input[name=layout][value={way}]').click()")
+        tab.frames()
+        found[way] = tab.ask(over)
+        assert min(found[way]) >= -0.5 and tab.ask(square) == pytest.approx([0] * len(tab.ask(square)), abs=1), way
+    assert 0 < len(found["wipe"]) < len(found["side"]) and drawn(tab, "low").std() > 15 and tab.problems == []
+    tab.look(1200, 900)

@@ -124,7 +124,7 @@ def test_weights_call_the_structure_by_the_name_that_it_was_given(table, tmp_pat
     [
         (["convert", "cohort.csv", "c.zarr", "--label", "99"], "99, nor do 2 other label maps"),
         (["train", "cohort.csv", "-o", "run", "-n", "1", "1", "2", "--label", "a=3", "b=98,99"], "b, 98, 99, nor do 2"),
-        (["study", "steps", "cohort.csv", "-o", "st", "--label-classes", "99"], "99 (it holds"),
+        (["study", "steps", "cohort.csv", "-o", "st", "--label", "99"], "99 (it holds"),
         (["evaluate", "--table", "pairs.csv", "--label-classes", "99"], "99, nor does 1 other label map"),
         (["evaluate", *PAIR, "--label-classes", "99"], "99 (it holds"),
     ],

@@ -440,6 +440,9 @@ def test_settings_that_cannot_work_are_refused_before_any_work(folder, tmp_path,
     with pytest.raises(UsageError, match=message):
         study.run(kind, source, tmp_path, [folder / "with.safetensors"], study.Settings(**SMALL | settings))
     assert not list(tmp_path.glob("cells/*"))
+    if kind == "augmentation":
+        with pytest.raises(UsageError, match=message):  # nor is a model read that is alone
+            study.run(kind, source, tmp_path, [tmp_path / "none"], study.Settings(**SMALL | settings))
 
 
 def test_a_table_without_test_rows_says_which_there_are(folder, tmp_path):

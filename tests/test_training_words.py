@@ -49,6 +49,8 @@ def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     for word in (label if len(label) <= width else label[:width], "1/12345", "rec 0.02131", "|D| 0.5", "18 min left"):
         assert word in re.sub(r"\s+", " ", text), word
     assert LINE in re.sub(r"\s+", " ", text)
+    for cell in ("rec 0.02131", "|D| 0.5", "wait 0.3%", "GB 2.615", "run 18 min left"):  # a value beside its name
+        assert any(cell in line for line in text.splitlines()), cell
     cells = re.findall(r"[A-Za-z]+ [\d.]+", LINE)
     assert len(cells) == 8 and all(any(cell in line for line in text.splitlines()) for cell in cells)
 
@@ -170,7 +172,9 @@ def test_fields_are_told_apart_by_blanks_and_a_terminal_has_four_digits():
     facts = {"Dice_white matter": 2.61512345, "in all": "18 min", "is": "a=b", "n": 7, "name": "x\x1by"}
     assert console_module.fields(facts) == 'Dice_white_matter=2.615 in_all="18 min" is="a=b" n=7 name=x\\x1by'
     assert console_module.fields({"a": 1.23456789}, 6) == "a=1.23457"
-    assert console_module.shown({"rec": 0.0213456, "n": 12345678, "x": "a\x07"}) == "rec 0.02135  n 12345678  x a\\x07"
+    assert (
+        console_module.shown({"rec": 0.0213456, "n": 12345678, "x": "a\x07"}, 80) == "rec 0.02135  n 12345678  x a\\x07"
+    )
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,11 @@ def chosen_weights(paths: Sequence[str] | None, which: str | None) -> list[str] 
     return [str(of_run(path, which)) for path in paths]
 
 
-def shown(facts: dict[str, Any]) -> str:
-    """Live values in a few characters: "rec 0.0213  W -0.41"."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {plain(str(v))}" for k, v in facts.items())
+def shown(facts: dict[str, Any], width: int) -> str:
+    """Live values in a few characters, "rec 0.0213  W -0.41"; no line ends between a name and its value."""
+    cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {plain(str(v))}" for k, v in facts.items())
+    held = "  ".join(cell.replace(" ", "\u00a0") for cell in cells)
+    return textwrap.fill(held, width, break_on_hyphens=False).replace("\u00a0", " ")
 
 
 def fields(facts: dict[str, Any], digits: int = 4) -> str:
@@ -164,7 +166,7 @@ class TerminalProgress:
                     yield Text(name)
                 yield self.make_tasks_table(self.tasks)
                 if progress.facts:
-                    yield Text(shown(progress.facts))
+                    yield Text(shown(progress.facts, self.console.width))
 
         self.bar = Bar(
             TextColumn("{task.description}", markup=False),

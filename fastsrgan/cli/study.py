@@ -90,7 +90,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--ratios", nargs="+", type=float, metavar="R", help=text)
     p.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="stored axis of the thick slices (2)")
     p.add_argument("--split", default="Test", choices=("Test", "Train", "all"), help="rows of the table (Test)")
-    add_label_options(p, "have a Dice each", of="of a table's label maps")
+    add_label_options(p, "have a Dice each", "--label", of="of a table's label maps")
     p.add_argument("--subjects", type=int, metavar="N", help="at most so many of them")
     add_options(p, "device", "precision")
     p.add_argument("--seed", type=int, default=0, help="of the noise and the synthetic subjects (0)")

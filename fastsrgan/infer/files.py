@@ -56,6 +56,7 @@ from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image, find_images, size_of
+from fastsrgan.io.nifti_voxels import no_such_file
 from fastsrgan.volume.geometry import grid_size, spacing_of
 
 log = logging.getLogger("fastsrgan")
@@ -419,6 +420,8 @@ def infer_files(
     listed = find_images(inputs, out_dir, settings.series)
     if settings.mask_file is not None and len(listed) > 1:
         raise UsageError("mask", f"one file for {len(listed)} images", "--crop-to-head, or one image at a time")
+    if len(listed) == 1 and not os.path.lexists(listed[0].path):
+        raise no_such_file(listed[0].path)  # of several each is said in its turn
     typed, settings = settings, settings.placed()
     if line := settings.chosen_tiles(typed):
         log.info("%s", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+MINUS = "−"  # as Matplotlib writes it at an axis
 LEAST = 0.05  # what an axis spans at least, of the largest value on it
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.io.output_place import BY_EVALUATE
-from fastsrgan.pictures.axes import axis_range
+from fastsrgan.pictures.axes import MINUS, axis_range
 from fastsrgan.pictures.figure import as_written, new_figure
 
 POINT, LINE = "#0072b2", "#595959"
@@ -39,7 +39,7 @@ def bland_altman(
         lines, half = [("mean", mean, "-")], 0.0
         if len(apart) > 1:
             half = LIMITS * float(apart.std(ddof=1))
-            lines += [("+1.96 sd", mean + half, "--"), ("−1.96 sd", mean - half, "--")]
+            lines += [("+1.96 sd", mean + half, "--"), ("-1.96 sd", mean - half, "--")]
         for _, at, style in lines:
             panel.axhline(at, color=LINE, linewidth=1.1, linestyle=style)
         panel.margins(0.12)
@@ -51,7 +51,7 @@ def bland_altman(
             words = [(f"mean ± 1.96 sd\n{mean:+.3g} ± {half:.3g}", mean)]
         for said, at in words:
             panel.annotate(
-                said, (1.0, at), xycoords=("axes fraction", "data"), xytext=(3, 0),
+                said.replace("-", MINUS), (1.0, at), xycoords=("axes fraction", "data"), xytext=(3, 0),
                 textcoords="offset points", fontsize=8, va="center", color=LINE,
             )  # fmt: skip
         panel.set_title(heading, fontsize=10)

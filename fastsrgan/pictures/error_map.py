@@ -11,6 +11,7 @@ import numpy as np
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.io.output_place import BY_EVALUATE
+from fastsrgan.pictures.axes import MINUS
 from fastsrgan.pictures.figure import as_written, new_figure
 from fastsrgan.pictures.planes import brightness, cuts, from_lowest
 from fastsrgan.volume.geometry import Volume
@@ -55,7 +56,7 @@ def error_map(
     shown: Any = None
     for row, (cut, sampled) in enumerate(zip(planes, samples, strict=True)):
         for column, (title, _, what) in enumerate(columns):
-            apart_from_truth = " - truth" in title
+            apart_from_truth = f" {MINUS} truth" in title
             panel = axes[row, column]
             left, right, bottom, up = cut.extent
             place: dict[str, Any] = {"extent": cut.extent, "origin": "lower", "interpolation": "nearest"}
@@ -85,8 +86,9 @@ def error_map(
 def _columns(
     sr: Volume, hr: Volume, baseline: Volume | None, name: str, captions: Sequence[str]
 ) -> list[tuple[str, Volume, str]]:
-    """(title, image, what) of each column; one with " - truth" in its title shows the difference."""
-    columns = [("SR", sr, "SR"), ("truth", hr, "truth"), (f"SR - truth\n{captions[0]}", sr, "SR")]
+    """(title, image, what) of each column; one with " − truth" in its title shows the difference."""
+    of_sr, of_baseline = (text.replace("-", MINUS) for text in captions)
+    columns = [("SR", sr, "SR"), ("truth", hr, "truth"), (f"SR {MINUS} truth\n{of_sr}", sr, "SR")]
     if baseline is not None:
-        columns.append((f"{name} - truth\n{captions[1]}", baseline, "baseline"))
+        columns.append((f"{name} {MINUS} truth\n{of_baseline}", baseline, "baseline"))
     return columns

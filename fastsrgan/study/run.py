@@ -130,6 +130,8 @@ def run(
     if data is None and (kind == "curves" or not quick):
         what = "a run folder" if kind == "curves" else "a table or an image, or --quick"
         raise MissingError("study", "no data given", what)
+    if kind == "augmentation" and len(models) < 2 and (models or data is not None):
+        raise UsageError("study augmentation", "one model", "--weights WITH WITHOUT: two or more to compare")
     began = time.perf_counter()
     asked = _filled(kind, settings or Settings(), quick)
     read: list[Any] = [*several, *models]
@@ -183,8 +185,6 @@ def _measured(
     else:
         own = (weights.template_weights, "shipped") if data is None else (weights.default_weights, weights.DEFAULT)
         loaded = _models(models, *own)
-    if kind == "augmentation" and len(loaded) < 2:
-        raise UsageError("study augmentation", "one model", "--weights WITH WITHOUT: two or more to compare")
     conditions = _conditions(kind, heads[0], asked)
     assert asked.steps is not None and asked.adapt is not None
     engine = Engine(None if asked.whole else asked.patch, asked.device, asked.precision, asked.seed, asked.adapt)
