@@ -200,8 +200,18 @@ def test_exact_zeros_stay_zero_and_are_not_segmented(generator, scan):
     few[0, 0] = 0  # less than one voxel in twenty
     assert "voxels_kept_empty" not in infer_volume(few, AFFINE, generator, **FAST).report
     below = scan.copy()
-    below[17] = -5
+    below[17, :7] = -5
     assert "voxels_kept_empty" not in infer_volume(below, AFFINE, generator, **FAST).report
+
+
+def test_a_masked_scan_that_was_standardised_keeps_what_it_has_around_it(generator, scan):
+    """(x - mean) / sd of the whole image leaves another constant than 0 outside a mask."""
+    scan[:6] = 0
+    plain = infer_volume(scan, AFFINE, generator, **FAST)
+    moved = ((scan - 150) / 64).astype(np.float32)
+    done = infer_volume(moved, AFFINE, generator, **FAST)
+    assert (done.sr[:6] == moved.min()).all() and not done.prob[:, :6].any() and (done.prob[:, 6:] > 0).all()
+    assert done.report["voxels_kept_empty"] == plain.report["voxels_kept_empty"] > 0
 
 
 def test_a_result_is_empty_only_behind_slices_whose_neighbours_on_both_sides_are_empty(generator, scan):

@@ -283,7 +283,7 @@ def test_weights_that_give_nan_are_tried_in_full_precision_where_they_were_not()
         assert error.value.hint == hint
 
 
-def test_a_scan_with_values_below_zero_is_taken_for_no_masked_one():
+def test_zeros_of_a_scan_with_values_below_them_are_no_mask():
     same = SimpleNamespace(
         norm=SimpleNamespace(floor=-1.0), turn=Orientation(), spacing=(1, 1, 1), wanted=(1, 1, 1), geometry="physical"
     )

@@ -243,7 +243,7 @@ class Unfinished:
 BLOCK = 16  # planes made at a time
 RIM = 6  # voxels inside a mask over which the network's detail comes to count, see decision 032
 MAX_VOXELS = 2**31  # of the grid
-EMPTY = 0.05  # share of voxels that are exactly 0, above which a scan is taken to be masked
+EMPTY = 0.05  # share of voxels that are exactly 0 (or the lowest value below), above which a scan is taken to be masked
 FAR = 1.25  # times the voxels that a network learned from
 GROWTH = 200  # times the image's voxels, unasked: 10 mm slices of 0.2 mm pixels give 50
 
@@ -503,10 +503,12 @@ def coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str
 
 
 def keep_empty(sr: np.ndarray, prob: np.ndarray, scan: np.ndarray, image: Prepared, seen: Observation) -> int:
-    """SR and probabilities 0 where the scan is exactly 0, and along axes on which the result is finer its neighbours
-    too; how many voxels that are. Nothing where few voxels are 0 or some are below: no mask makes such images."""
-    empty = np.stack([plane == 0 for plane in scan])
-    if np.count_nonzero(empty) <= EMPTY * empty.size or image.norm.floor < 0:
+    """SR as the scan and probabilities 0 where the scan is exactly 0, and along axes on which the result is finer its
+    neighbours too; how many voxels that are. Where values lie below 0 the lowest takes the place of 0, as of a masked
+    scan that was standardised. Nothing where few voxels have that value: no mask makes such images."""
+    least = min(image.norm.floor, 0.0)
+    empty = np.stack([plane == least for plane in scan])
+    if np.count_nonzero(empty) <= EMPTY * empty.size:
         return 0
     for axis, matrix in enumerate(seen.down):
         if matrix is not None:
@@ -519,7 +521,7 @@ def keep_empty(sr: np.ndarray, prob: np.ndarray, scan: np.ndarray, image: Prepar
     kept = 0
     for place, at in enumerate(x):
         here = empty[at][np.ix_(y, z)]
-        sr[place][here] = 0
+        sr[place][here] = least
         for channel in prob:
             channel[place][here] = 0
         kept += int(np.count_nonzero(here))
