@@ -293,6 +293,7 @@ def test_a_newborn_given_to_adult_and_the_reverse_are_red():
         ({"filled": 6}, RED, "tissue fills 6 of the 6 borders (--mask FILE, "),
         ({"head_mm": 0.0}, RED, "nothing is brighter than air"),
         ({"head_mm": 135.0}, YELLOW, "135 mm long"),
+        ({"head_mm": 139.7}, YELLOW, "139.7 mm long, made for 140 to 290"),
         ({"fluid": 0.5}, RED, "the bright tail of intensities as in T2 or T2 before myelination images; made for T1"),
         ({"fluid": 0.1}, GREEN, ""),
         ({"lowest": -1000.0}, RED, "as in CT"),
