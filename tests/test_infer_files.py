@@ -320,11 +320,13 @@ def test_settings_weights_and_folder_are_checked_before_any_image_is_read(tmp_pa
         run([missing], tmp_path / "out", model, patch=30)
     with pytest.raises(UsageError, match="batch"):
         run([missing], tmp_path / "out", model, batch=0)
+    damaged = missing  # is there now
+    damaged.write_bytes(b"no image")
     with pytest.raises(ModelError):
-        run([missing], tmp_path / "out", tmp_path / "none.safetensors")
+        run([damaged], tmp_path / "out", tmp_path / "none.safetensors")
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError):
-        run([missing], tmp_path / "file", model)
+        run([damaged], tmp_path / "file", model)
 
 
 @pytest.mark.fault(9)

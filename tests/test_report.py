@@ -875,7 +875,7 @@ def test_what_may_not_be_read_is_not_called_damaged_or_changed(results, tmp_path
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refused)
-    code, _, err = call(capsys, "report", tmp_path / "out")
+    code, _, err = call(capsys, "report", tmp_path / "out", "-o", tmp_path / "page.html")
     assert code == 0 and "other.json: is damaged or closed by its permissions, left out" in err
     assert "may not be read, by its permissions, and is not shown" in err and "is not the file" not in err
     with pytest.raises(InputError, match="it is damaged or closed by its permissions"):

@@ -189,7 +189,7 @@ def test_the_picture_of_errors_has_every_difference_under_its_title(tmp_path, mo
     expected = [450.0, 600.0, 450.0 - 600.0, 250.0 - 600.0]
     assert [values[0] for values in told.values()] == expected
     assert all(len(set(values)) == 1 for values in told.values())
-    assert [t.split("\n")[0] for t in titles] == ["SR", "truth", "SR - truth", "baseline - truth"]
+    assert [t.split("\n")[0] for t in titles] == ["SR", "truth", "SR − truth", "baseline − truth"]
     assert "31.00 dB" in titles[2] and "22.00 dB" in titles[3]
     assert all(axes.images[0].get_cmap().name == "RdBu_r" for axes in drawn[0].axes[2:4])  # red: brighter
 
