@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsrgan.errors import InputError
+from fastsrgan.evaluate import cohort
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables
 from fastsrgan.io.tables import read_list, read_table, subject_ids
@@ -658,3 +659,19 @@ def test_of_several_columns_of_images_a_list_takes_hr_image(tmp_path):
     assert read_list(tmp_path / "list.csv") == [tmp_path / "a.nii"]
     (tmp_path / "list.csv").write_text("path,image\nx.nii,y.nii\n", encoding="utf8")
     assert read_list(tmp_path / "list.csv") == [tmp_path / "x.nii"]
+
+
+@pytest.mark.parametrize("read", [read_table, cohort._read])
+@pytest.mark.parametrize(
+    "below",
+    [
+        "HR_image,HR_image,Label_image,Base,SR_image,SR_image",
+        "a,b",
+        "HR_image,Label_image,Base,SR_image,seg_image,mask_image",
+    ],
+)
+def test_a_fault_of_the_header_has_the_headers_line(tmp_path, read, below):
+    (tmp_path / "t.csv").write_text(f"# made by hand\nsep=,\n{below}\n", encoding="utf8")
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / "t.csv")
+    assert "line 3: " in str(caught.value) and "line 1" not in str(caught.value)

@@ -102,7 +102,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "output exists",
         "kept without `--overwrite`, skipped under `--resume` where it is whole, by the commands that have them; "
         "tables and pictures that `study`, `evaluate` and `train -dice`, `-mse` made, and weights under `-sf`, are "
-        "replaced by theirs, an HTML page by that of `report`; an input, or a file of another kind in their place: 2 "
+        "replaced by theirs, an HTML page with `--overwrite` by that of `report`; "
+        "an input, or a file of another kind in their place: 2 "
         "before any work",
         "",
     ),

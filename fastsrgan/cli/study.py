@@ -86,7 +86,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "augmentation, which takes the largest: 0.03; steps and resolution, which takes the first: 0)"
     )
     p.add_argument("--noise", nargs="+", type=float, metavar="F", help=text)
-    text = "slice thickness over the head's voxel size (resolution: 2 3 4 6, with --quick 2 3 4; else 3, the first)"
+    text = "slice thickness over the head's voxel size (resolution: 2 3 4 6, with --quick 2 3 4; else one: 3)"
     p.add_argument("--ratios", nargs="+", type=float, metavar="R", help=text)
     p.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="stored axis of the thick slices (2)")
     p.add_argument("--split", default="Test", choices=("Test", "Train", "all"), help="rows of the table (Test)")

@@ -416,13 +416,13 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
     records = table._records(csv_path, table._text(csv_path), table.delimiter_for(COLUMNS))
     if not records:
         raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
-    header, known = records[0][1], (*COLUMNS, CLASSES)
-    faults: list[table.Fault] = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
+    (heading, header), known = records[0], (*COLUMNS, CLASSES)
+    faults: list[table.Fault] = [(heading, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
     lacking = [name for name in REQUIRED if name not in header]
-    faults += [(1, f"no column {name}, {table.instead(name, header, known)}") for name in lacking]
-    faults = faults or table.misspelt(header, known)
+    faults += [(heading, f"no column {name}, {table.instead(name, header, known)}") for name in lacking]
+    faults = faults or table.misspelt(heading, header, known)
     if len(records) == 1:
-        faults.append((1, "no row below the header"))
+        faults.append((heading, "no row below the header"))
     rows: list[tuple[int, dict[str, Path], tuple[str, ...]]] = []
     lines: dict[tuple[frozenset[tuple[str, Path]], tuple[str, ...]], int] = {}  # of what each row scores
     for line, cells in records[1:] if not faults else []:

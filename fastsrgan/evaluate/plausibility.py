@@ -395,7 +395,9 @@ def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
         fits = [name for name, model in MODELS.items() if _beyond(look.head_mm, model.purpose.head_mm) == 1]
         more = f" (--weights {fits[0]} is made for it)" if fits else ""
         more = more or f" ({MASK})" * (not masked and look.head_mm > purpose.head_mm[1])
-        found.append((light, f"the head is {brief(look.head_mm, 4)} mm long, made for {span(purpose.head_mm)} mm{more}"))
+        found.append(
+            (light, f"the head is {brief(look.head_mm, 4)} mm long, made for {span(purpose.head_mm)} mm{more}")
+        )
     if light := _light("voxel_mm", look.voxel_mm, purpose.voxel_mm):
         found.append((light, f"voxels of {look.voxel_mm:.3g} mm, made for {span(purpose.voxel_mm)} mm"))
     if light := _light("slice_ratio", look.slice_ratio, purpose.slice_ratio):

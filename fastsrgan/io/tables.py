@@ -94,8 +94,8 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     records = _records(csv_path, _text(csv_path, TABLE_WANTED), delimiter_for(COLUMNS))
     if not records:
         raise InputError(csv_path, "is empty", f"its first line names the columns {', '.join(COLUMNS[:3])}")
-    header = records[0][1]
-    faults = _header_faults(header, need_label)
+    heading, header = records[0]
+    faults = _header_faults(heading, header, need_label)
     if faults:
         raise table_error(csv_path, faults)
     tell_unread(csv_path, header, COLUMNS)
@@ -112,7 +112,7 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
         if row:
             rows.append(row)
     if len(records) == 1:
-        faults.append((1, "no row below the header"))
+        faults.append((heading, "no row below the header"))
     faults += _repetitions(rows)
     if faults:
         where = f"{base_path} is put before every path" if base_path else f"paths start at {csv_path.absolute().parent}"
@@ -396,24 +396,24 @@ def _list_delimiter(line: str) -> str:
     return next(found, max(DELIMITERS, key=line.count))
 
 
-def _header_faults(header: list[str], need_label: bool) -> list[Fault]:
-    faults: list[Fault] = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
+def _header_faults(line: int, header: list[str], need_label: bool) -> list[Fault]:
+    faults: list[Fault] = [(line, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
     for name in ("HR_image", "Label_image", "Base"):
         if name in header or (name == "Label_image" and not need_label):
             continue
         if name != "Base" and need_label and "Tissue_image" in header:
             continue
-        faults.append((1, f"no column {name}, {instead(name, header)}"))
-    return faults or misspelt(header, COLUMNS)
+        faults.append((line, f"no column {name}, {instead(name, header)}"))
+    return faults or misspelt(line, header, COLUMNS)
 
 
-def misspelt(header: Sequence[str], known: Sequence[str]) -> list[Fault]:
+def misspelt(line: int, header: Sequence[str], known: Sequence[str]) -> list[Fault]:
     """A fault for each column that is meant as one of the ``known``, which the table lacks: it would not be read."""
     lower = {name.casefold(): name for name in known if name not in header}
     others = [cell for cell in header[:_MAX_COLUMNS] if cell and cell not in known and len(cell) <= _MAX_COLUMN]
     spelt = {cell: re.sub(r"[\s-]+", "_", cell.casefold()) for cell in others}
     near = [(cell, n) for cell in spelt for n in difflib.get_close_matches(spelt[cell], lower, 1, _NEAR)]
-    return [(1, f"column {cell} is not read, rename it {lower[n]}") for cell, n in near]
+    return [(line, f"column {cell} is not read, rename it {lower[n]}") for cell, n in near]
 
 
 def tell_unread(path: Path, header: Sequence[str], known: Sequence[str]) -> None:
