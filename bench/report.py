@@ -124,7 +124,8 @@ def scaled(path: Path, report: dict[str, Any]) -> list[str]:
     """A checked prediction of epochs as Markdown, and what the same model says of other cohorts."""
     m = report["machine"]
     lines = [f"\n## scale, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
-    lines.append(f"{m['cpu']}, ranks of one thread, torch {m['torch']}, commit {report['commit']}\n")
+    load = f"load average {m['load_average'][0]:.1f}, " if m.get("load_average") else ""
+    lines.append(f"{m['cpu']}, ranks of one thread, {load}torch {m['torch']}, commit {report['commit']}\n")
     if is_quick(report):
         lines.append(QUICK)
     else:

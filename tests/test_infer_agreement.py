@@ -187,6 +187,16 @@ def test_a_scan_stored_otherwise_gives_the_same_in_the_world(generator, scan, st
     assert moved.report["voxels_kept_empty"] == plain.report["voxels_kept_empty"] > 0
 
 
+@pytest.mark.parametrize("size", [(2, 2, 1), (2, 2, 3), (1, 2, 1), (2, 1, 1), (1.5, 1.5, 1)], ids=str)
+def test_a_result_that_is_coarser_in_the_planes_agrees_as_well(generator, scan, size):
+    """On no axis, or on one, it has the scan's own voxels; where on none it ended with an error about their number."""
+    done = infer_volume(scan, AFFINE, generator, **FAST, new_resolution=list(size))
+    told = done.report["agree"]
+    assert done.sr.shape == tuple(round(n * mm / new) for n, mm, new in zip(SHAPE, MM, size, strict=True))
+    if size[2] < MM[2]:
+        assert told["residual_percent"] < told["residual_percent_without"]
+
+
 def test_exact_zeros_stay_zero_and_are_not_segmented(generator, scan):
     scan[:6, :, :] = 0
     scan[10, :, 4] = 0  # its neighbours across the slices are tissue

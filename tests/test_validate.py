@@ -264,7 +264,7 @@ def test_a_lost_output_is_said_once_the_other_rises():
 def test_kept_weights_whose_image_is_worse_than_the_spline_are_told_at_the_end():
     log = [{"epoch": n, "validation": made(0.4, gain)} for n, gain in ((1, 0.0), (2, -23.0), (3, 0.5), (2, -0.75))]
     assert "of epoch 2, are not yet of use" in loop.below_spline(log[:2], 2)
-    assert "their SR is 23.0 dB worse than the spline" in loop.below_spline(log[:2], 2)
+    assert "their SR on patches is 23.0 dB worse than the spline" in loop.below_spline(log[:2], 2)
     assert "their SR is 0.8 dB worse" in loop.below_spline(log, 2)  # of a run that was resumed the last line counts
     assert loop.below_spline(log, 1) == loop.below_spline(log, 3) == loop.below_spline(log, None) == ""
     assert loop.below_spline([{"epoch": 1, "validation": made(0.4, -0.5)}], 1) == ""  # half a dB below is still sound

@@ -489,9 +489,10 @@ def _weight(left: np.ndarray, scan: np.ndarray, shown: np.ndarray, what: Wanted)
 def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> None:
     """In place, by slabs that lie along one axis in the processed orientation."""
     free = _free(seen)
-    axis, slab = (free[0], WHOLE) if free else (0, SLAB_BYTES)
-    for *_, here in cuts(sr, axis, 2 * SLAB_BYTES if free else WHOLE):
-        agree(sr[here], scan[here], seen, w, floor, slab, axis)
+    if not free:
+        agree(sr, scan, seen, w, floor, SLAB_BYTES, 0)
+    for *_, here in cuts(sr, free[0], 2 * SLAB_BYTES) if free else ():
+        agree(sr[here], scan[here], seen, w, floor, WHOLE, free[0])
 
 
 def _percent(left: float, whole: float) -> float:

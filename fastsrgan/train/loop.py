@@ -404,8 +404,8 @@ def below_spline(validations: list[dict[str, Any]], best_epoch: int | None) -> s
     if psnr is None or spline is None or psnr >= spline - WORSE_DB:
         return ""
     return (
-        f"the best weights, of epoch {best_epoch}, are not yet of use for images: their SR is {spline - psnr:.1f} dB "
-        "worse than the spline (docs/training.md, When one output is lost)"
+        f"the best weights, of epoch {best_epoch}, are not yet of use for images: their SR on patches is "
+        f"{spline - psnr:.1f} dB worse than the spline (docs/training.md, When one output is lost)"
     )
 
 
