@@ -265,7 +265,8 @@ def test_kept_weights_whose_image_is_worse_than_the_spline_are_told_at_the_end()
     log = [{"epoch": n, "validation": made(0.4, gain)} for n, gain in ((1, 0.0), (2, -23.0), (3, 0.5), (2, -0.75))]
     assert "of epoch 2, are not yet of use" in loop.below_spline(log[:2], 2)
     assert "their SR on patches is 23.0 dB worse than the spline" in loop.below_spline(log[:2], 2)
-    assert "their SR on patches is 0.8 dB worse" in loop.below_spline(log, 2)  # of a run that was resumed the last line counts
+    # of a run that was resumed the last line counts
+    assert "their SR on patches is 0.8 dB worse" in loop.below_spline(log, 2)
     assert loop.below_spline(log, 1) == loop.below_spline(log, 3) == loop.below_spline(log, None) == ""
     assert loop.below_spline([{"epoch": 1, "validation": made(0.4, -0.5)}], 1) == ""  # half a dB below is still sound
     assert loop.below_spline([{"epoch": 1, "validation": {"Dice": 0.4}}], 1) == ""
@@ -279,7 +280,9 @@ def test_a_run_ends_with_what_its_best_weights_are_not_worth(store, tmp_path, mo
     with caplog.at_level("WARNING", logger="fastsrgan"):
         found = train(store, tmp_path / "run", short.replace(best_by="psnr"))
     told = found["warnings"][-1]
-    assert found["warnings"] == [told] and re.match(r"the best weights, of epoch 2, .* SR on patches is 18\.0 dB worse", told)
+    assert found["warnings"] == [told] and re.match(
+        r"the best weights, of epoch 2, .* SR on patches is 18\.0 dB worse", told
+    )
     assert [r.getMessage() for r in caplog.records].count(told) == 1
     assert report(tmp_path / "run")[0].read_text(encoding="utf8").count(f"<li>{told}</li>") == 1
     better = train(store, tmp_path / "run", short.replace(best_by="psnr", epochs=3), resume=True)
