@@ -972,3 +972,15 @@ def test_what_a_write_gives_back_is_what_the_store_lists(folder):
     for name in ("id", "split", "shape", "attrs", "arrays", "files", "spacing", "raw_bytes", "stored_bytes"):
         assert getattr(given, name) == getattr(listed, name), name
     assert given.arrays["image"] == {"dtype": "int16", "scale": 2.0, "offset": 1.0}
+
+
+def test_replaced_subjects_are_not_looked_at_while_another_thread_takes_them_away(tmp_path, monkeypatch):
+    """What `os.access` says of a folder that is just gone was told as missing permissions, now and then."""
+    folder = tmp_path / "s.zarr"
+    make(folder, "a", "b")
+    with create_store(folder, overwrite=True) as writer:
+        monkeypatch.setattr(store_writer.os, "walk", lambda *_: pytest.fail("looked at while it may be taken away"))
+        put(writer, "b", seed=3)
+        put(writer, "a", seed=4)
+        monkeypatch.undo()
+    assert sorted(subject.id for subject in open_store(folder).subjects) == ["a", "b"]

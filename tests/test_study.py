@@ -11,6 +11,7 @@ import signal
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import dicom_files
 import numpy as np
 import pytest
 from commands import call, one_line
@@ -678,3 +679,13 @@ def test_of_one_head_no_sd_is_promised_and_what_compares_nothing_says_so():
     assert "Values are those of the one head" in one and study.TUNED_NOTE in one
     two = markdown(facts | {"heads": ["a", "b"], "note": ""}, "t")
     assert "Values are mean ± sample standard deviation over heads" in two and "says nothing" not in two
+
+
+def test_a_mask_may_be_a_folder_of_dicom_whose_every_slice_counts(tmp_path):
+    """It could not be read, and a slice that changed left finished cells in place."""
+    series = dicom_files.write_series(tmp_path / "mask", dicom_files.volume((5, 4, 3)), dicom_files.scanner_affine())
+    images.save(tmp_path / "a.nii.gz", np.ones((5, 4, 3), np.float32), np.eye(4))
+    before = [data_module._head("a", tmp_path / "a.nii.gz", None, mask).key for mask in (tmp_path / "mask", series[0])]
+    series[-1].write_bytes(series[-1].read_bytes() + b"\0\0")
+    after = [data_module._head("a", tmp_path / "a.nii.gz", None, mask).key for mask in (tmp_path / "mask", series[0])]
+    assert all(one != other for one, other in zip(before, after, strict=True))

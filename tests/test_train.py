@@ -108,8 +108,9 @@ def test_a_missing_critic_is_told_where_one_is_used(lambda_adv, caplog):
 def test_nan_updates_are_skipped_and_end_the_run(store, tmp_path, monkeypatch):
     original = Models.generate
     monkeypatch.setattr(Models, "generate", lambda self, batch: original(self, batch) * float("nan"))
-    with pytest.raises(ResourceError, match="3 updates in a row"):
+    with pytest.raises(ResourceError, match="3 updates in a row") as caught:
         train(store, tmp_path / "run", CONFIG.replace(max_bad_steps=3))
+    assert "snapshot" not in str(caught.value), "there is none"
     bad = json.loads((tmp_path / "run" / "bad_batch.json").read_text(encoding="utf8"))
     assert bad["patches"] and bad["facts"]["d_skipped"] == 1.0
 

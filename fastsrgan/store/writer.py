@@ -147,8 +147,8 @@ class StoreWriter:
             "arrays": {name: {"dtype": a.dtype.name, **described.get(name, {})} for name, a in arrays.items()},
         }
         self.need_space(sum(a.nbytes for a in arrays.values()) + 2 * CHUNK**3)  # before anything is created
+        self._prepare()  # first: another thread's would take away the folders that are looked at
         self._demand(subject_id, os.R_OK | os.W_OK | os.X_OK, "cannot be replaced")  # it is still listed, and whole
-        self._prepare()
         self._unlist(subject_id)
         try:
             if subject_id in self._there:

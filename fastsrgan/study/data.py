@@ -242,7 +242,7 @@ def spacing_of(head: Head) -> tuple[float, float, float]:
 def _head(
     name: str, image: Path, label: Path | None, mask: Path | None, known: tuple[labels.Structure, ...] = ()
 ) -> Head:
-    digests = [images.sha256(path)[:16] for path in (image, label, mask) if path is not None]
+    digests = [any_image.sha256(path)[:16] for path in (image, label, mask) if path is not None]
     values = ["+".join(map(str, sorted(one.values))) for one in known]
     digests += values if len(known) == 1 else [f"{one.name}={v}" for one, v in zip(known, values, strict=True)]
     return Head(name, image, label, mask, "-".join(digests), known)

@@ -28,6 +28,7 @@ from fastsrgan.core.system import peak_memory
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError, ResourceError, counted, lasting
 from fastsrgan.evaluate.figures import dice_name, dices_of_structures, mean_dice
+from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import Generator
 from fastsrgan.model.weights import BEST
@@ -247,7 +248,8 @@ def count_bad(run: Run, facts: dict[str, float], told: Told) -> None:
             found = {"facts": facts, "patches": ids, "update": number, "position": vars(run.position)}
             write_json(run.folder / "bad_batch.json", found)
         reason = counted(run.bad, "update was not finite", "updates in a row were not finite")
-        hint = "the last good snapshot is in checkpoints/, the patches are in bad_batch.json; lower the learning rates"
+        kept = "the last good snapshot is in checkpoints/, " if checkpoint.snapshots(run.folder) else ""
+        hint = f"{kept}the patches are in bad_batch.json; lower the learning rates"
         raise ResourceError(run.folder, reason, hint)
 
 
