@@ -490,8 +490,8 @@ def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor:
     """In place, by slabs that lie along one axis in the processed orientation."""
     free = _free(seen)
     if not free:
-        agree(sr, scan, seen, w, floor, SLAB_BYTES, 0)
-    for *_, here in cuts(sr, free[0], 2 * SLAB_BYTES) if free else ():
+        return agree(sr, scan, seen, w, floor, SLAB_BYTES, 0)
+    for *_, here in cuts(sr, free[0], 2 * SLAB_BYTES):
         agree(sr[here], scan[here], seen, w, floor, WHOLE, free[0])
 
 
